@@ -1,0 +1,471 @@
+"""Train a small convolutional network to recognise facial emotions in FER-2013.
+
+    python emotion_recognition_cnn.py           FER-2013, from data/ or downloaded
+    python emotion_recognition_cnn.py --demo    drawn faces, nothing to download
+
+The network has two convolution blocks, one flatten and two dense layers.  It is
+trained on the Training images of the competition, the best epoch is chosen on its
+PublicTest images, and its PrivateTest images are evaluated once, at the end.  Plots,
+figures and the trained network are left in output/.
+
+FER-2013: Goodfellow et al. (2013), "Challenges in representation learning: a report
+on three machine learning contests", arXiv:1307.0414.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# TensorFlow 2.21 logs before it reads that level, straight to file descriptor 2: point the
+# descriptor elsewhere while TensorFlow is imported.
+stderr = os.dup(2)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+try:
+    import keras
+    import tensorflow as tf
+    from keras import layers
+    from tensorflow.keras.preprocessing.image import ImageDataGenerator
+finally:
+    os.dup2(stderr, 2)
+
+matplotlib.use("Agg")  # draw into files, with or without a display
+import matplotlib.pyplot as plt
+
+# Folder names of the Kaggle dataset msambare/fer2013; a label is an index into them.
+EMOTIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
+IMAGE_SIZE = (48, 48)  # height, width
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def fail(error):
+    """Print one line on stderr and exit with status 2."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_options():
+    """Read the command line and make the output folder; exit with status 2 where that fails."""
+    parser = argparse.ArgumentParser(
+        description="Train a small CNN to recognise facial emotions (FER-2013).", allow_abbrev=False)
+    parser.error = fail  # one line, where argparse would print its usage first
+    data = parser.add_argument_group("data").add_mutually_exclusive_group()
+    data.add_argument("--data-dir", type=Path, metavar="DIR",
+                      help="folder that holds train/ and test/, each with the seven emotion "
+                      "folders (default: data, downloaded from Kaggle where it does not exist)")
+    data.add_argument("--demo", action="store_true",
+                      help="train on small drawn faces instead; nothing to download")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=int, metavar="N",
+                          help="passes over the training images (default: 20; demo: 8)")
+    training.add_argument("--batch-size", type=int, default=64, metavar="N",
+                          help="images per step (default: %(default)s)")
+    training.add_argument("--learning-rate", type=float, default=1e-3, metavar="X",
+                          help="learning rate at the start (default: %(default)s)")
+    training.add_argument("--seed", type=int, default=0, metavar="N",
+                          help="seeds Python, NumPy and TensorFlow (default: %(default)s)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-dir", type=Path, default=Path("output"), metavar="DIR",
+                        help="where plots, model and figures go (default: %(default)s)")
+    options = parser.parse_args()
+    if options.epochs is None:
+        options.epochs = 8 if options.demo else 20
+    if options.epochs < 1:
+        parser.error(f"--epochs must be at least 1, not {options.epochs}")
+    if options.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, not {options.batch_size}")
+    if not 0 < options.learning_rate < math.inf:
+        parser.error(f"--learning-rate must be a number above 0, not {options.learning_rate}")
+    if not 0 <= options.seed < 2**31:
+        parser.error(f"--seed must lie between 0 and 2**31 - 1, not at {options.seed}")
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.output_dir).close()
+    except OSError as error:
+        parser.error(f"--output-dir {options.output_dir} cannot be written: {error.strerror}")
+    return options
+
+
+# --- Data -------------------------------------------------------------------------
+
+# What the parts of a drawn face do, after the action units of Ekman and Friesen's Facial Action
+# Coding System: inner and outer brow up, eyes open (in half faces); smile, mouth open (in half
+# mouths), mouth width (in half faces), one corner of the mouth up.
+EXPRESSIONS = {
+    "angry":    (-0.16,  0.06, 0.07, -0.35, 0.10, 0.39, 0.00),
+    "disgust":  (-0.08, -0.02, 0.04, -0.20, 0.35, 0.34, 0.45),
+    "fear":     ( 0.16,  0.00, 0.15, -0.15, 0.45, 0.49, 0.00),
+    "happy":    ( 0.04,  0.04, 0.09,  0.55, 0.35, 0.52, 0.00),
+    "neutral":  ( 0.00,  0.00, 0.09,  0.00, 0.10, 0.39, 0.00),
+    "sad":      ( 0.14, -0.10, 0.06, -0.50, 0.10, 0.34, 0.00),
+    "surprise": ( 0.20,  0.20, 0.15,  0.00, 1.60, 0.22, 0.00),
+}
+
+
+def draw_face(emotion, rng):
+    """Draw a face (48x48 greyscale PIL image); shape, position, tilt, light, noise are random."""
+    inner, outer, eye, smile, opening, mouth, corner = EXPRESSIONS[emotion] + rng.normal(
+        0, (0.03, 0.03, 0.015, 0.1, 0.04, 0.03, 0.08))
+    background, skin, dark = rng.uniform((20, 110, 15), (235, 230, 80))
+    height, width = rng.uniform((72, 56), (88, 72))  # half of the face's
+    x, y = rng.normal(96, 6, 2)
+    image = Image.new("L", (192, 192), int(background))  # reduced at the end: smooth lines
+    draw = ImageDraw.Draw(image)
+
+    def oval(x, y, rx, ry, shade):
+        draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=int(shade))
+
+    oval(x, y - 0.15 * height, width * 1.08, height * 1.05, rng.uniform(0, 120))  # hair
+    oval(x, y + 0.05 * height, width, height * 0.96, skin)
+    eye_y, look, eye = y - height * 0.16, rng.uniform(-3, 3), max(eye, 0.02) * height
+    for side in (-width, width):
+        eye_x, brow_y = x + 0.42 * side, eye_y - 0.2 * height
+        oval(eye_x, eye_y, width * 0.21, eye + 3, dark)
+        oval(eye_x, eye_y, width * 0.19, eye, min(255, skin * 1.25))
+        oval(eye_x + look, eye_y, min(9, eye), min(9, eye), dark / 2)
+        draw.line((eye_x - side * 0.24, brow_y - inner * height,
+                   eye_x + side * 0.26, brow_y - outer * height), fill=int(dark), width=7)
+    nose = y + 0.2 * height
+    draw.line((x, eye_y + 12, x - 6, nose, x + 7, nose), fill=int(skin * 0.7), width=4)
+    for wrinkle in (0, 9, 18) if emotion == "disgust" else ():
+        draw.arc((x - 17, eye_y + wrinkle - 4, x + 17, eye_y + wrinkle + 14), 200, 340,
+                 fill=int(dark), width=4)
+    across, mouth = np.linspace(-1, 1, 15), mouth * width
+    bow = 1 - across**2
+    upper = y + 0.52 * height + mouth * (smile * (bow - 0.5) - (corner * across + opening * bow) / 2)
+    lower = upper + 4 + mouth * max(opening, 0) * bow
+    draw.polygon([*zip(x + mouth * across, upper), *zip(x - mouth * across, lower[::-1])],
+                 fill=int(dark / 2), outline=int(dark), width=4)
+    image = image.rotate(rng.normal(0, 7), Image.Resampling.BILINEAR, fillcolor=int(background))
+    pixels = np.asarray(image.resize(IMAGE_SIZE, Image.Resampling.LANCZOS), "float32")
+    light = rng.uniform(0.6, 1.1) * (1 + np.linspace(-1, 1, 48) * rng.normal(0, 0.25))
+    return Image.fromarray((pixels * light + rng.normal(0, 12, pixels.shape)).clip(0, 255).astype("uint8"))
+
+
+def draw_faces(folder, seed):
+    """Write drawn faces into `folder`, laid out and named like Kaggle's FER-2013; return it."""
+    rng = np.random.default_rng(seed)
+    for kind, count in {"Training": 300, "PublicTest": 50, "PrivateTest": 50}.items():
+        for emotion in EMOTIONS:
+            emotion_dir = Path(folder, "train" if kind == "Training" else "test", emotion)
+            emotion_dir.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                draw_face(emotion, rng).save(emotion_dir / f"{kind}_{number}.jpg", quality=90)
+    return Path(folder)
+
+
+def download_faces():
+    """Return the folder of FER-2013 in kagglehub's cache, downloaded where it is not there yet.
+
+    Raises OSError, with the other ways to get going, where the download fails.
+    """
+    try:
+        import kagglehub
+
+        return Path(kagglehub.dataset_download("msambare/fer2013"))
+    except Exception as error:  # from any layer: network, HTTP status, archive, disk
+        raise OSError(
+            "there is no data/ folder and FER-2013 could not be downloaded "
+            f"({type(error).__name__}). Ways on: download "
+            "https://www.kaggle.com/datasets/msambare/fer2013 by hand and unpack it into data/, "
+            "name the folder that holds it with --data-dir, or try drawn faces with --demo"
+        ) from error
+
+
+def read_images(folder):
+    """Read every image below the seven emotion folders of `folder`.
+
+    Returns the file names, the undecoded contents (bytes), the images (uint8, n x 48 x 48 x 1)
+    and the labels (int, n: indices into EMOTIONS).  Files that are no images by their ending
+    are passed over; images of another size or in colour are converted.
+
+    Raises ValueError where an emotion folder is missing, empty or one too many, or where an
+    image cannot be decoded; OSError where a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: --data-dir must name the one that holds "
+                         "train/ and test/")
+    found = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
+    if found != set(EMOTIONS):
+        name = min(found ^ set(EMOTIONS))
+        raise ValueError(f"{folder / name} is {'none of' if name in found else 'missing:'} "
+                         f"the seven emotion folders ({', '.join(EMOTIONS)})")
+    names, contents, images, labels = [], [], [], []
+    for label, emotion in enumerate(EMOTIONS):
+        paths = sorted(path for path in (folder / emotion).iterdir()
+                       if path.suffix.lower() in IMAGE_ENDINGS and path.name[0] != ".")
+        if not paths:
+            raise ValueError(f"{folder / emotion} holds no images ({' '.join(IMAGE_ENDINGS)})")
+        for path in paths:
+            contents.append(path.read_bytes())
+            try:
+                images.append(np.asarray(keras.utils.load_img(
+                    io.BytesIO(contents[-1]), color_mode="grayscale", target_size=IMAGE_SIZE)))
+            except Exception as error:  # Pillow raises many kinds on a broken file
+                raise ValueError(f"{path} is empty, damaged or no image: replace or delete it"
+                                 ) from error
+            names.append(path.name)
+            labels.append(label)
+    return np.array(names), contents, np.stack(images)[..., np.newaxis], np.array(labels)
+
+
+def load_data(data_dir, batch_size, seed):
+    """Load FER-2013, or a dataset of the same layout, into memory.
+
+    Training is train/, validation the PublicTest and test the PrivateTest images of test/.
+    Where file names do not tell these apart, a seeded, stratified tenth of train/ is the
+    validation set and all of test/ the test set.
+
+    Returns
+      training: ImageDataGenerator iterator over augmented batches (uint8 images, labels)
+      validation: images (uint8, n x 48 x 48 x 1, pixels 0-255), labels (int, n)
+      test: images, labels, and for each whether it is clean: not in train/, byte for byte
+
+    Raises ValueError and OSError as `read_images` does.
+    """
+    print(f"Reading {data_dir}")
+    _, train_files, train_images, train_labels = read_images(data_dir / "train")
+    names, test_files, test_images, test_labels = read_images(data_dir / "test")
+    train_files = set(train_files)
+    clean = np.array([file not in train_files for file in test_files])
+
+    public = np.char.startswith(names, "PublicTest_")
+    private = np.char.startswith(names, "PrivateTest_")
+    if public.any() and private.any() and (public | private).all():
+        validation = test_images[public], test_labels[public]
+        test = test_images[private], test_labels[private], clean[private]
+    else:
+        print("test/ does not tell PublicTest from PrivateTest images by name: a tenth of train/ "
+              "is held out for validation, all of test/ is the test set")
+        held_out = np.zeros(len(train_labels), bool)
+        rng = np.random.default_rng(seed)
+        for label in range(len(EMOTIONS)):
+            indices = rng.permutation(np.flatnonzero(train_labels == label))
+            held_out[indices[: math.ceil(len(indices) / 10)]] = True
+        validation = train_images[held_out], train_labels[held_out]
+        train_images, train_labels = train_images[~held_out], train_labels[~held_out]
+        test = test_images, test_labels, clean
+
+    augmentation = ImageDataGenerator(
+        horizontal_flip=True, rotation_range=10, width_shift_range=0.1, height_shift_range=0.1,
+        zoom_range=0.1, dtype="uint8")
+    training = augmentation.flow(train_images, train_labels, batch_size=batch_size, seed=seed)
+    print(f"{training.n:,} training, {len(validation[0]):,} validation and {len(test[0]):,} test "
+          f"images; {np.sum(~test[2]):,} of the test images also stand in train/")
+    return training, validation, test
+
+
+def create_CNN():
+    """Build the network: two convolution blocks, flatten, two dense layers.
+
+    Input: images (n x 48 x 48 x 1, pixels 0-255).  Output: probabilities (n x 7), in the order
+    of EMOTIONS.
+    """
+    return keras.Sequential([
+        keras.Input((*IMAGE_SIZE, 1)),
+        # Each image to mean 0 and variance 1: light and contrast of the photo drop out.
+        layers.LayerNormalization(axis=[1, 2, 3], center=False, scale=False),
+        # Pooling first leaves normalisation and ReLU a quarter of their work.
+        layers.Conv2D(32, 5, padding="same", use_bias=False),
+        layers.MaxPooling2D(),
+        layers.BatchNormalization(momentum=0.9),
+        layers.ReLU(),
+        layers.Conv2D(128, 5, padding="same", use_bias=False),
+        layers.MaxPooling2D(),
+        layers.BatchNormalization(momentum=0.9),
+        layers.ReLU(),
+        layers.Flatten(),
+        layers.Dropout(0.2),
+        layers.Dense(256, use_bias=False),
+        layers.BatchNormalization(momentum=0.9),
+        layers.ReLU(),
+        layers.Dropout(0.3),
+        layers.Dense(len(EMOTIONS), activation="softmax"),
+    ])
+
+
+class EpochLog(keras.callbacks.CSVLogger):
+    """Keras's CSVLogger, with epochs counted from 1, the learning rate and the seconds."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.perf_counter()
+        self.learning_rate = float(self.model.optimizer.learning_rate)
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch + 1, logs | {
+            "learning_rate": self.learning_rate,
+            "seconds": round(time.perf_counter() - self.start, 2)})
+
+
+def train_model(model, training, validation, epochs, learning_rate, output_dir):
+    """Train `model` with AdamW and a cosine decay of the learning rate over all epochs.
+
+    Writes history.csv and the best epoch's network while it goes, and leaves `model` with the
+    weights of the epoch that had the highest validation accuracy.
+
+    Returns the history: a dict of lists with one value per epoch.
+    AdamW: Loshchilov and Hutter (2019), arXiv:1711.05101; cosine decay: arXiv:1608.03983.
+    """
+    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * len(training))
+    model.compile(
+        optimizer=keras.optimizers.AdamW(schedule),
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        jit_compile=False,  # on a processor XLA makes this network slower
+    )
+    best = output_dir / "emotion_recognition_cnn.keras"
+    history = model.fit(
+        training,
+        validation_data=validation,
+        epochs=epochs,
+        verbose=1 if sys.stdout.isatty() else 2,
+        callbacks=[
+            EpochLog(output_dir / "history.csv"),
+            keras.callbacks.ModelCheckpoint(best, monitor="val_accuracy", save_best_only=True),
+        ],
+    )
+    model.load_weights(best)
+    return history.history
+
+
+def evaluate_model(model, images, labels, clean):
+    """Evaluate `model` once on the test images and print the figures.
+
+    Takes what `load_data` returns as test data.  Returns a dict: loss (mean cross-entropy,
+    nats), accuracy, balanced_accuracy (mean recall over the emotions), clean_accuracy (over the
+    images that do not also stand in train/) and clean_images (how many those are), emotions
+    (per emotion precision, recall, f1 and count) and confusion_matrix (counts; rows: labels,
+    columns: predictions).  Fractions lie between 0 and 1.
+    """
+    probabilities = model.predict(images, batch_size=256, verbose=0)
+    predictions = probabilities.argmax(axis=1)
+    correct = predictions == labels
+    confusion = tf.math.confusion_matrix(labels, predictions, len(EMOTIONS)).numpy()
+    hits, count, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    recall = hits / np.maximum(count, 1)  # 0, not 0/0, where an emotion never occurs
+    precision = hits / np.maximum(predicted, 1)
+    f1 = 2 * hits / np.maximum(count + predicted, 1)
+    figures = {
+        "loss": float(np.mean(keras.losses.sparse_categorical_crossentropy(labels, probabilities))),
+        "accuracy": float(correct.mean()),
+        "balanced_accuracy": float(recall[count > 0].mean()),
+        "clean_accuracy": float(correct[clean].mean()) if clean.any() else None,
+        "clean_images": int(clean.sum()),
+        "emotions": {
+            emotion: {"precision": float(precision[i]), "recall": float(recall[i]),
+                      "f1": float(f1[i]), "count": int(count[i])}
+            for i, emotion in enumerate(EMOTIONS)},
+        "confusion_matrix": confusion.tolist(),
+    }
+    print(f"\nTest, {len(labels):,} images\n"
+          f"  loss               {figures['loss']:.4f}\n"
+          f"  accuracy           {figures['accuracy']:.2%}\n"
+          f"  balanced accuracy  {figures['balanced_accuracy']:.2%}")
+    if clean.any():
+        print(f"  clean accuracy     {figures['clean_accuracy']:.2%}  "
+              f"({clean.sum():,} images that do not also stand in train/)")
+    print("\n  emotion    precision   recall       F1   images")
+    for emotion, figure in figures["emotions"].items():
+        print("  {:<9}{precision:>11.1%}{recall:>9.1%}{f1:>9.1%}{count:>9,}".format(emotion, **figure))
+    return figures
+
+
+def plot_performance(history, confusion, output_dir):
+    """Write accuracy.png and loss.png (over the epochs) and confusion_matrix.png.
+
+    `history` is what `train_model` returns, `confusion` the matrix of `evaluate_model`.
+    """
+    plt.rcParams.update({"font.size": 15, "figure.dpi": 150, "lines.linewidth": 2.5})
+    epochs = np.arange(1, len(history["loss"]) + 1)
+    best = int(np.argmax(history["val_accuracy"]))
+    for name in ("accuracy", "loss"):
+        figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+        # Blue and vermilion of Okabe and Ito's palette, told apart by colour-blind readers.
+        axes.plot(epochs, history[name], "o-", color="#0072B2", label="training (augmented)")
+        axes.plot(epochs, history["val_" + name], "s--", color="#D55E00", label="validation")
+        axes.plot(best + 1, history["val_" + name][best], "k*", markersize=18,
+                  label=f"best epoch: {best + 1} ({history['val_' + name][best]:.3f})")
+        axes.set(title=f"Training and validation {name}", xlabel="epoch",
+                 ylabel=name + (" (cross-entropy)" if name == "loss" else ""))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(output_dir / f"{name}.png")
+        plt.close(figure)
+
+    shares = np.array(confusion) / np.maximum(np.sum(confusion, axis=1, keepdims=True), 1)
+    figure, axes = plt.subplots(figsize=(8, 7.5), layout="constrained")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        axes.text(column, row, f"{share:.0%}", ha="center", va="center",
+                  color="white" if share > 0.5 else "black")
+    axes.set(title="Test images: label against prediction", xlabel="predicted", ylabel="labelled")
+    axes.set_xticks(range(len(EMOTIONS)), EMOTIONS, rotation=45, ha="right")
+    axes.set_yticks(range(len(EMOTIONS)), EMOTIONS)
+    figure.savefig(output_dir / "confusion_matrix.png")
+    plt.close(figure)
+
+
+def save_metrics(figures, history, data_dir, images, options, seconds):
+    """Write metrics.json: test figures, best epoch, and all it takes to repeat the run.
+
+    `images` maps training, validation and test to their number of images; `seconds` is the
+    wall-clock time of the whole run so far.
+    """
+    best = int(np.argmax(history["val_accuracy"]))
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows the processor's name
+    processor = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    metrics = {
+        "data": "drawn faces (--demo)" if options.demo else str(data_dir),
+        "test": figures,
+        "best_epoch": best + 1,
+        "validation": {"accuracy": history["val_accuracy"][best], "loss": history["val_loss"][best]},
+        "images": images,
+        "seconds": round(seconds, 1),
+        "seed": options.seed,
+        "hyper_parameters": {name: getattr(options, name)
+                             for name in ("epochs", "batch_size", "learning_rate")},
+        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
+                     "keras": keras.__version__},
+        "processor": processor[1] if processor else platform.processor(),
+    }
+    (options.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    options = parse_options()
+    keras.utils.set_random_seed(options.seed)
+    try:
+        with tempfile.TemporaryDirectory() as drawings:
+            data_dir = options.data_dir or Path("data")
+            if options.demo:
+                print("Demo: drawn faces. Its accuracy means nothing for real faces.")
+                data_dir = draw_faces(drawings, options.seed)
+            elif options.data_dir is None and not data_dir.exists():
+                data_dir = download_faces()
+            training, validation, test = load_data(data_dir, options.batch_size, options.seed)
+    except (OSError, ValueError) as error:
+        fail(error)
+    model = create_CNN()
+    history = train_model(model, training, validation, options.epochs, options.learning_rate,
+                          options.output_dir)
+    figures = evaluate_model(model, *test)
+    plot_performance(history, figures["confusion_matrix"], options.output_dir)
+    images = {"training": training.n, "validation": len(validation[0]), "test": len(test[0])}
+    save_metrics(figures, history, data_dir, images, options, time.perf_counter() - start)
+    print(f"\nSaved in {options.output_dir}: accuracy.png, loss.png, confusion_matrix.png, "
+          f"history.csv, metrics.json, emotion_recognition_cnn.keras")
