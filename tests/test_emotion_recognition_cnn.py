@@ -1,0 +1,539 @@
+"""Tests of the script: its functions on small images made here, and whole runs of it."""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "emotion_recognition_cnn.py"
+sys.path.insert(0, str(ROOT))
+
+import emotion_recognition_cnn as script  # noqa: E402
+
+EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
+OUTPUTS = {"accuracy.png", "loss.png", "confusion_matrix.png", "history.csv", "metrics.json",
+           "emotion_recognition_cnn.keras"}
+# Keras's ImageDataGenerator calls SciPy by a name that goes with SciPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:Please import `affine_transform`")
+
+
+def run(*arguments, cwd, **environment):
+    """Run the script as a user would; return the finished process."""
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=280,
+                          env={**os.environ, **environment})
+
+
+def read_history(output_dir):
+    """Return history.csv without its seconds."""
+    with open(Path(output_dir, "history.csv"), newline="") as file:
+        return [{name: float(value) for name, value in row.items() if name != "seconds"}
+                for row in csv.DictReader(file)]
+
+
+def make_dataset(folder, train=6, public=2, private=2, draw=None):
+    """Write a small dataset in Kaggle's layout and return its folder.
+
+    Each image is drawn by `draw(emotion, kind, number)`; by default it is a drawn face.
+    """
+    rng = np.random.default_rng(7)
+    draw = draw or (lambda emotion, kind, number: script.draw_face(emotion, rng))
+    for kind, count in ("Training", train), ("PublicTest", public), ("PrivateTest", private):
+        for emotion in EMOTIONS:
+            path = Path(folder, "train" if kind == "Training" else "test", emotion)
+            path.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                draw(emotion, kind, number).save(path / f"{kind}_{number}.png")
+    return Path(folder)
+
+
+def flat(shade):
+    """Return an image of one shade, which no flip, shift, rotation or zoom can change."""
+    return Image.new("L", (48, 48), shade)
+
+
+@pytest.fixture(scope="module")
+def small_dataset(tmp_path_factory):
+    """Return the folder of a dataset of 70 drawn faces; tests copy it before they change it."""
+    return make_dataset(tmp_path_factory.mktemp("small") / "faces")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Return the folder and the process of a run with --demo, into its default output folder."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run("--demo", cwd=folder)
+
+
+# --- Data -------------------------------------------------------------------------
+
+
+def test_split_follows_the_file_names(tmp_path, capsys):
+    """Each image is told by its shade: none changes sides, loses its label or gets lost."""
+    shades = iter(range(7 * 9))
+    known = {}
+
+    def draw(emotion, kind, number):
+        shade = next(shades)
+        known[shade] = (kind, EMOTIONS.index(emotion))
+        return flat(shade)
+
+    make_dataset(tmp_path, 5, 3, 1, draw)
+    training, validation, test = script.load_data(tmp_path, batch_size=8, seed=0)
+    assert len(training) == 5  # 35 images, the last batch is smaller
+    batches = [training[i] for i in range(len(training))]
+    seen = {"Training": [(x, y) for xs, ys in batches for x, y in zip(xs, ys)],
+            "PublicTest": list(zip(*validation)), "PrivateTest": list(zip(*test[:2]))}
+    for kind, pairs in seen.items():
+        assert sorted((int(image[0, 0, 0]), int(label)) for image, label in pairs) == sorted(
+            (shade, label) for shade, (of, label) in known.items() if of == kind)
+    assert "35 training, 21 validation and 7 test images" in capsys.readouterr().out
+
+
+def test_only_training_images_are_augmented(small_dataset):
+    training, validation, test = script.load_data(small_dataset, batch_size=42, seed=0)
+    for kind, (images, labels) in ("PublicTest", validation), ("PrivateTest", test[:2]):
+        files = [small_dataset / "test" / emotion / f"{kind}_{number}.png"
+                 for emotion in EMOTIONS for number in range(2)]
+        assert np.array_equal(images[..., 0], [np.asarray(Image.open(file)) for file in files])
+        assert labels.tolist() == [EMOTIONS.index(file.parent.name) for file in files]
+    originals = [np.asarray(Image.open(file)) for file in small_dataset.glob("train/*/*.png")]
+    first, second = training[0][0], training[0][0]
+    assert first.dtype == "uint8" and first.shape == (42, 48, 48, 1)
+    for image in first[..., 0]:
+        assert not any(np.array_equal(image, original) for original in originals)
+    assert not np.array_equal(first, second)  # each epoch sees other variations
+
+
+def test_without_kaggle_names_a_stratified_tenth_is_held_out(tmp_path, capsys):
+    shades = iter(range(7 * 22))
+    make_dataset(tmp_path, 20, 1, 1, lambda *_: flat(next(shades)))
+    for number, file in enumerate(sorted(tmp_path.glob("*/*/*.png"))):
+        file.rename(file.with_name(f"{number}.png"))
+    held_out = []
+    for seed in (3, 3, 4):
+        training, (images, labels), test = script.load_data(tmp_path, batch_size=200, seed=seed)
+        assert np.bincount(labels).tolist() == [2] * 7
+        assert training.n == 7 * 18 and len(test[0]) == 14
+        held_out.append(images[:, 0, 0, 0].tolist())
+        assert not set(held_out[-1]) & set(training[0][0][:, 0, 0, 0].tolist())
+    assert held_out[0] == held_out[1] != held_out[2]
+    output = capsys.readouterr().out
+    assert output.count("a tenth of train/ is held out for validation") == 3
+
+
+def test_clean_leaves_out_the_test_images_that_stand_in_train(tmp_path, capsys):
+    make_dataset(tmp_path)
+    shutil.copy(tmp_path / "train/sad/Training_0.png", tmp_path / "test/happy/PrivateTest_1.png")
+    _, _, (images, labels, clean) = script.load_data(tmp_path, batch_size=8, seed=0)
+    assert np.flatnonzero(~clean).tolist() == [2 * EMOTIONS.index("happy") + 1]
+    assert "1 of the test images also stand in train/" in capsys.readouterr().out
+
+
+def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_passed_over(tmp_path):
+    make_dataset(tmp_path, 1, 1, 1, lambda *_: flat(90))
+    Image.new("RGB", (100, 60), (90, 90, 90)).save(tmp_path / "train/fear/Training_0.png")
+    Image.new("L", (96, 96), 90).save(tmp_path / "train/sad/Training_0.png")
+    Image.new("P", (20, 20), 0).save(tmp_path / "train/angry/photo.GIF")
+    for name in ".DS_Store", "Thumbs.db", "._Training_0.png", "notes.txt":
+        (tmp_path / "train/happy" / name).write_text("no image")
+    (tmp_path / "train/.ipynb_checkpoints").mkdir()
+    names, _, images, labels = script.read_images(tmp_path / "train")
+    assert images.shape == (8, 48, 48, 1) and images.dtype == "uint8"
+    assert names.tolist() == ["Training_0.png", "photo.GIF"] + ["Training_0.png"] * 6
+    assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert (np.delete(images, 1, axis=0) == 90).all()
+
+
+# --- Network ----------------------------------------------------------------------
+
+
+def test_network_is_two_convolution_blocks_flatten_and_two_dense_layers():
+    model = script.create_CNN()
+    kinds = [type(layer).__name__ for layer in model.layers]
+    free = {"LayerNormalization", "BatchNormalization", "ReLU", "Dropout"}
+    assert [kind for kind in kinds if kind not in free] == [
+        "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D", "Flatten", "Dense", "Dense"]
+    assert model.input_shape == (None, 48, 48, 1) and model.output_shape == (None, 7)
+    assert model.layers[-1].activation is keras.activations.softmax
+
+
+def test_light_and_contrast_do_not_change_the_prediction():
+    rng = np.random.default_rng(0)
+    images = rng.uniform(60, 120, (4, 48, 48, 1))
+    model = script.create_CNN()
+    assert np.allclose(model(images), model(2 * images - 60), atol=1e-3)
+    assert np.allclose(np.sum(model(images), axis=1), 1, atol=1e-5)
+
+
+# --- Evaluation -------------------------------------------------------------------
+
+
+class Oracle:
+    """Stands in for a network: gives the probabilities it was made with."""
+
+    def __init__(self, probabilities):
+        self.probabilities = np.array(probabilities)
+
+    def predict(self, images, **_):
+        return self.probabilities
+
+
+def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
+    labels = np.array([0, 0, 0, 0, 3, 3])  # four angry, two happy
+    predictions = [0, 0, 0, 3, 3, 5]
+    probabilities = np.full((6, 7), 0.05)
+    probabilities[range(6), predictions] = 0.7
+    clean = np.array([True, True, True, False, False, True])
+    figures = script.evaluate_model(Oracle(probabilities), np.zeros((6, 48, 48, 1)), labels, clean)
+    assert figures["accuracy"] == pytest.approx(4 / 6)
+    assert figures["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert figures["clean_accuracy"] == pytest.approx(3 / 4) and figures["clean_images"] == 4
+    assert figures["loss"] == pytest.approx(-(4 * np.log(0.7) + 2 * np.log(0.05)) / 6)
+    assert figures["emotions"]["angry"] == pytest.approx(
+        {"precision": 1, "recall": 3 / 4, "f1": 6 / 7, "count": 4})
+    assert figures["emotions"]["happy"] == pytest.approx(
+        {"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "count": 2})
+    assert figures["emotions"]["sad"] == {"precision": 0, "recall": 0, "f1": 0, "count": 0}
+    expected = np.zeros((7, 7))
+    expected[0, [0, 3]], expected[3, [3, 5]] = (3, 1), (1, 1)
+    assert np.array_equal(figures["confusion_matrix"], expected)
+    output = capsys.readouterr().out
+    for words in ("accuracy           66.67%", "balanced accuracy  62.50%",
+                  "clean accuracy     75.00%", "angry         100.0%    75.0%    85.7%        4"):
+        assert words in output
+
+
+def test_evaluate_model_where_every_test_image_stands_in_train():
+    figures = script.evaluate_model(Oracle(np.eye(7)), np.zeros((7, 48, 48, 1)), np.arange(7),
+                                    np.zeros(7, bool))
+    assert figures["accuracy"] == 1 and figures["loss"] == pytest.approx(0, abs=1e-5)
+    assert figures["clean_accuracy"] is None and figures["clean_images"] == 0
+
+
+# --- Plots ------------------------------------------------------------------------
+
+
+def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(script.plt, "close", figures.append)
+    history = {"accuracy": [0.3, 0.5, 0.6], "val_accuracy": [0.4, 0.55, 0.5],
+               "loss": [1.9, 1.4, 1.2], "val_loss": [1.7, 1.3, 1.35]}
+    confusion = np.eye(7, dtype=int) * 3
+    confusion[1, 0] = 1  # one of four disgusted faces taken for angry
+    confusion[6] = 0  # nobody is surprised
+    script.plot_performance(history, confusion.tolist(), tmp_path)
+    for name, figure in zip(("accuracy", "loss"), figures):
+        axes = figure.axes[0]
+        training, validation, best = axes.lines
+        assert training.get_xydata().tolist() == [[1, history[name][0]], [2, history[name][1]],
+                                                  [3, history[name][2]]]
+        assert validation.get_ydata().tolist() == history["val_" + name]
+        assert best.get_xydata().tolist() == [[2, history["val_" + name][1]]]
+        assert [text.get_text() for text in axes.get_legend().get_texts()][-1].startswith(
+            "best epoch: 2")
+        assert name in axes.get_title() and axes.get_xlabel() == "epoch" and axes.get_ylabel()
+        figure.canvas.draw()
+        assert all(tick == int(tick) for tick in axes.get_xticks())
+    axes = figures[2].axes[0]
+    texts = {text.get_position(): text.get_text() for text in axes.texts}  # (column, row)
+    assert texts[0, 0] == "100%" and texts[0, 1] == "25%" and texts[1, 1] == "75%"
+    assert texts[6, 6] == "0%" and len(texts) == 49
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == EMOTIONS
+    for name in "accuracy", "loss", "confusion_matrix":
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) >= 800
+            assert len(set(picture.convert("L").tobytes())) > 50  # not blank
+
+
+def test_plot_of_a_single_epoch_has_whole_numbers_on_its_axis(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(script.plt, "close", figures.append)
+    history = {"accuracy": [0.3], "val_accuracy": [0.4], "loss": [1.9], "val_loss": [1.7]}
+    script.plot_performance(history, np.eye(7, dtype=int).tolist(), tmp_path)
+    figures[0].canvas.draw()
+    assert all(tick == int(tick) for tick in figures[0].axes[0].get_xticks())
+
+
+# --- Drawn faces ------------------------------------------------------------------
+
+
+def test_drawn_faces_have_the_layout_of_the_dataset_and_differ(tmp_path):
+    rng = np.random.default_rng(0)
+    faces = {np.asarray(script.draw_face(emotion, rng)).tobytes()
+             for emotion in EMOTIONS for _ in range(20)}
+    assert len(faces) == 140
+    face = script.draw_face("fear", np.random.default_rng(1))
+    assert face.size == (48, 48) and face.mode == "L"
+    assert face == script.draw_face("fear", np.random.default_rng(1))
+
+
+# --- Whole runs -------------------------------------------------------------------
+
+
+def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
+    folder, process = demo
+    assert process.returncode == 0, process.stderr
+    assert "means nothing for real faces" in process.stdout
+    metrics = json.loads((folder / "output/metrics.json").read_text())
+    assert metrics["test"]["accuracy"] >= 0.9
+    assert metrics["images"] == {"training": 2100, "validation": 350, "test": 350}
+    assert "drawn faces" in metrics["data"]
+    assert {path.name for path in folder.iterdir()} == {"output"}
+
+
+def test_run_leaves_all_files_and_lists_them(demo):
+    folder, process = demo
+    assert {path.name for path in (folder / "output").iterdir()} == OUTPUTS
+    for name in OUTPUTS:
+        assert name in process.stdout.splitlines()[-1]
+
+
+def test_history_has_a_row_per_epoch(demo):
+    folder, _ = demo
+    with open(folder / "output/history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {"epoch", "accuracy", "loss", "val_accuracy", "val_loss",
+                            "learning_rate", "seconds"}
+    assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
+    metrics = json.loads((folder / "output/metrics.json").read_text())
+    assert len(rows) == metrics["hyper_parameters"]["epochs"]
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates[0] == pytest.approx(metrics["hyper_parameters"]["learning_rate"])
+    assert rates == sorted(rates, reverse=True) and rates[-1] > 0
+    best = max(rows, key=lambda row: float(row["val_accuracy"]))
+    assert metrics["best_epoch"] == int(best["epoch"])
+    assert metrics["validation"]["accuracy"] == pytest.approx(float(best["val_accuracy"]))
+
+
+def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
+    metrics = json.loads((demo[0] / "output/metrics.json").read_text())
+    assert metrics["seed"] == 0 and metrics["seconds"] > 0
+    assert set(metrics["hyper_parameters"]) == {"epochs", "batch_size", "learning_rate"}
+    assert metrics["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert metrics["versions"]["keras"] == keras.__version__ and metrics["versions"]["tensorflow"]
+    assert metrics["processor"]
+    confusion = np.array(metrics["test"]["confusion_matrix"])
+    assert confusion.sum() == 350
+    assert metrics["test"]["accuracy"] == pytest.approx(np.trace(confusion) / 350)
+
+
+def test_saved_model_alone_gives_the_accuracy_of_the_best_epoch(demo, tmp_path):
+    """The file is the best epoch's network, and it takes pixels as they are."""
+    folder, _ = demo
+    model = keras.models.load_model(folder / "output/emotion_recognition_cnn.keras")
+    metrics = json.loads((folder / "output/metrics.json").read_text())
+    script.draw_faces(tmp_path, seed=0)
+    _, validation, test = script.load_data(tmp_path, batch_size=64, seed=0)
+    for (images, labels), accuracy in ((validation, metrics["validation"]["accuracy"]),
+                                       (test[:2], metrics["test"]["accuracy"])):
+        predictions = model.predict(images, verbose=0).argmax(axis=1)
+        assert np.mean(predictions == labels) == pytest.approx(accuracy)
+
+
+def test_nothing_but_the_script_and_keras_reaches_the_terminal(demo):
+    """Every line is one of the script's own or of Keras's, a line per epoch."""
+    _, process = demo
+    assert process.stderr == ""
+    beginnings = ("Demo", "Reading", "2,100 training", "Epoch ", "Test,", "  ", "Saved in")
+    for line in process.stdout.splitlines():
+        assert not line or line.startswith(beginnings) or " - val_accuracy: " in line, line
+
+
+def test_same_seed_same_history(small_dataset, tmp_path):
+    options = "--data-dir", small_dataset, "--epochs", 3, "--batch-size", 16
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda case: run(*options, "--output-dir", case[0], "--seed", case[1],
+                                              cwd=tmp_path), [("a", 5), ("b", 5), ("c", 6)]))
+    assert [process.returncode for process in runs] == [0, 0, 0], runs
+    a, b, c = (read_history(tmp_path / name) for name in "abc")
+    assert len(a) == 3 and a == b
+    assert a != c
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
+    assert a["test"] == b["test"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_shows_the_progress_bar_of_keras(small_dataset, tmp_path):
+    import pty
+
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--data-dir", small_dataset, "--epochs", "2"], cwd=tmp_path,
+        stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm"})
+    os.close(slave)
+    output = b""
+    with contextlib.suppress(OSError):  # Linux: the end of the output is an error
+        while chunk := os.read(master, 4096):
+            output += chunk
+    os.close(master)
+    output = output.decode()
+    assert process.wait() == 0, output
+    assert "Epoch 2/2" in output and "━" in output
+    assert "Warning" not in output and "absl" not in output
+
+
+# --- Finding and downloading the dataset ------------------------------------------
+
+
+@pytest.fixture
+def kagglehub(small_dataset, tmp_path):
+    """Put a stand-in for kagglehub first on the path; it notes each call and gives the dataset."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/kagglehub.py").write_text(
+        f"def dataset_download(handle):\n"
+        f"    open({str(tmp_path / 'calls')!r}, 'a').write(handle)\n"
+        f"    return {str(small_dataset)!r}\n")
+    return {"PYTHONPATH": str(tmp_path / "site")}
+
+
+def test_the_dataset_is_downloaded_where_there_is_none(kagglehub, tmp_path):
+    process = run("--epochs", 1, cwd=tmp_path, **kagglehub)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "calls").read_text() == "msambare/fer2013"
+    assert "42 training, 14 validation and 14 test images" in process.stdout
+
+
+def test_data_folder_that_is_there_is_used_and_nothing_downloaded(kagglehub, small_dataset, tmp_path):
+    shutil.copytree(small_dataset, tmp_path / "data")
+    process = run("--epochs", 1, cwd=tmp_path, **kagglehub)
+    assert process.returncode == 0, process.stderr
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_mistyped_data_dir_is_an_error_and_never_a_download_or_drawings(kagglehub, tmp_path):
+    process = run("--data-dir", "dta", cwd=tmp_path, **kagglehub)
+    assert process.returncode == 2 and "dta" in process.stderr
+    assert not (tmp_path / "calls").exists() and "drawn" not in process.stdout
+
+
+# --- Bad input --------------------------------------------------------------------
+
+
+# Each case: arguments, what is done to a copy of the dataset in data/, words of the error line.
+BAD_INPUTS = {
+    "data folder missing": (["--data-dir", "nowhere"], None, ["nowhere", "--data-dir"]),
+    "data folder is a file": (["--data-dir", "data/readme.txt"],
+                              lambda data: (data / "readme.txt").write_text("x"), ["readme.txt"]),
+    "no train": ([], lambda data: shutil.rmtree(data / "train"), ["data/train", "--data-dir"]),
+    "no test": ([], lambda data: shutil.rmtree(data / "test"), ["data/test", "--data-dir"]),
+    "emotion missing": ([], lambda data: shutil.rmtree(data / "test/fear"),
+                        ["data/test/fear", "missing"]),
+    "emotion empty": ([], lambda data: [file.unlink() for file in data.glob("train/sad/*")],
+                      ["data/train/sad", "no images"]),
+    "emotion too many": ([], lambda data: (data / "train/contempt").mkdir(),
+                         ["data/train/contempt", "none of the seven emotion"]),
+    "image of no bytes": ([], lambda data: (data / "train/happy/Training_3.png").write_bytes(b""),
+                          ["data/train/happy/Training_3.png", "empty"]),
+    "image of text": ([], lambda data: (data / "test/happy/x.jpg").write_text("no image"),
+                      ["data/test/happy/x.jpg", "no image"]),
+    "image cut short": ([], lambda data: (data / "test/sad/PublicTest_0.png").write_bytes(
+        (data / "test/sad/PublicTest_0.png").read_bytes()[:700]), ["PublicTest_0.png", "damaged"]),
+    "output is a file": (["--output-dir", "data/readme.txt"],
+                         lambda data: (data / "readme.txt").write_text("x"),
+                         ["--output-dir", "readme.txt"]),
+    "output below a file": (["--output-dir", "data/readme.txt/output"],
+                            lambda data: (data / "readme.txt").write_text("x"),
+                            ["--output-dir", "readme.txt"]),
+    "no epoch": (["--epochs", 0], None, ["--epochs", "at least 1", "0"]),
+    "word for epochs": (["--epochs", "many"], None, ["--epochs", "many"]),
+    "no batch": (["--batch-size", -4], None, ["--batch-size", "at least 1", "-4"]),
+    "word for batch size": (["--batch-size", "1.5"], None, ["--batch-size", "1.5"]),
+    "no learning rate": (["--learning-rate", 0], None, ["--learning-rate", "above 0"]),
+    "negative learning rate": (["--learning-rate", "-0.1"], None, ["--learning-rate", "-0.1"]),
+    "learning rate nan": (["--learning-rate", "nan"], None, ["--learning-rate", "nan"]),
+    "word for learning rate": (["--learning-rate", "fast"], None, ["--learning-rate", "fast"]),
+    "negative seed": (["--seed", -1], None, ["--seed", "-1"]),
+    "word for seed": (["--seed", "x"], None, ["--seed", "x"]),
+    "unknown option": (["--epoch", 3], None, ["--epoch"]),
+    "demo and data": (["--demo", "--data-dir", "data"], None, ["--demo", "--data-dir"]),
+    "no network": ([], shutil.rmtree, ["https://www.kaggle.com/datasets/msambare/fer2013", "data/",
+                                       "--data-dir", "--demo"]),
+}
+
+
+@pytest.fixture(scope="module")
+def rejections(small_dataset, tmp_path_factory):
+    """Run every bad input, two at a time, in folders with a copy of the dataset in data/."""
+
+    def reject(case):
+        arguments, change, _ = case
+        folder = tmp_path_factory.mktemp("bad")
+        shutil.copytree(small_dataset, folder / "data")
+        (folder / "output").mkdir()
+        (folder / "output/history.csv").write_text("of an earlier run")
+        if change:
+            change(folder / "data")
+        # A proxy that nobody answers: no network, on whatever machine this runs.
+        return folder, run(*arguments, cwd=folder, HTTPS_PROXY="http://127.0.0.1:9",
+                           https_proxy="http://127.0.0.1:9")
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BAD_INPUTS, pool.map(reject, BAD_INPUTS.values())))
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_gets_one_line_and_status_2(name, rejections):
+    folder, process = rejections[name]
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.count("\n") == 1 and process.stderr.startswith("error: ")
+    for word in BAD_INPUTS[name][2]:
+        assert word in process.stderr
+    assert "Epoch" not in process.stdout
+    assert (folder / "output/history.csv").read_text() == "of an earlier run"
+
+
+def test_output_folder_that_cannot_be_written(small_dataset, tmp_path):
+    folder = Path("/proc/self")  # nobody can write here, not even root
+    if not folder.exists():
+        folder = tmp_path / "read-only"
+        folder.mkdir(mode=0o555)
+    process = run("--data-dir", small_dataset, "--output-dir", folder, cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1 and str(folder) in process.stderr
+
+
+# --- README -----------------------------------------------------------------------
+
+
+def test_readme_gives_the_figures_of_the_run_it_shows():
+    """Every figure of the results table stands in the metrics.json of that run."""
+    readme = (ROOT / "README.md").read_text()
+    metrics = json.loads((ROOT / "docs/metrics.json").read_text())
+    test = metrics["test"]
+    results = readme[readme.index("## Results"):readme.index("## The network")]
+    for figure in (test["accuracy"], test["clean_accuracy"], test["balanced_accuracy"],
+                   *(emotion["recall"] for emotion in test["emotions"].values())):
+        assert f"{figure:.1%}".replace("%", " %") in results
+    assert f"{metrics['seconds'] / 60:.0f} minutes" in results
+    assert f"{metrics['hyper_parameters']['epochs']} epochs" in results
+    assert metrics["images"] == {"training": 28709, "validation": 3589, "test": 3589}
+
+
+def test_readme_table_of_layers_is_the_network():
+    readme = (ROOT / "README.md").read_text()
+    model = script.create_CNN()
+    for layer in model.layers:
+        shape = " x ".join(map(str, layer.output.shape[1:]))
+        assert f"| {type(layer).__name__} | {shape} | {layer.count_params():,} |" in readme
+    assert f"{model.count_params():,}" in readme
+
+
+def test_readme_names_every_option():
+    readme = (ROOT / "README.md").read_text()
+    help_text = run("--help", cwd=ROOT).stdout
+    options = {word.strip("[],") for word in help_text.split() if word.startswith("--")}
+    assert len(options) >= 8
+    for option in options - {"--help"}:
+        assert f"`{option}" in readme
