@@ -3,13 +3,11 @@
     python emotion_recognition_cnn.py           FER-2013, from data/ or downloaded
     python emotion_recognition_cnn.py --demo    drawn faces, nothing to download
 
-The network has two convolution blocks, one flatten and two dense layers.  It is
-trained on the Training images of the competition, the best epoch is chosen on its
-PublicTest images, and its PrivateTest images are evaluated once, at the end.  Plots,
-figures and the trained network are left in output/.
+Two convolution blocks, flatten, two dense layers.  The network is trained on the competition's
+Training images, its best epoch is chosen on the PublicTest images, and the PrivateTest images are
+evaluated once, at the end.  Plots, figures and the trained network are left in output/.
 
-FER-2013: Goodfellow et al. (2013), "Challenges in representation learning: a report
-on three machine learning contests", arXiv:1307.0414.
+FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arXiv:1307.0414.
 """
 
 import argparse
@@ -21,6 +19,7 @@ import platform
 import re
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -48,6 +47,7 @@ import matplotlib.pyplot as plt
 # Folder names of the Kaggle dataset msambare/fer2013; a label is an index into them.
 EMOTIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 IMAGE_SIZE = (48, 48)  # height, width
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""  # Linux
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
@@ -57,40 +57,58 @@ def fail(error):
     sys.exit(2)
 
 
+def processor_name():
+    """Return the name of the processor as the operating system tells it."""
+    name = re.search(r"model name\s*: (.+)", CPUINFO)
+    return name[1] if name else platform.processor() or platform.machine()
+
+
+def fastest_precision():
+    """Return the Keras dtype policy that the hardware computes fastest.
+
+    16 bits are worth it where the hardware multiplies them itself: tensor cores, from compute
+    capability 7 on (keras.io/api/mixed_precision), or a processor's bfloat16 instructions.
+    """
+    for gpu in tf.config.list_physical_devices("GPU"):
+        capability = tf.config.experimental.get_device_details(gpu).get("compute_capability", (0,))
+        return "mixed_float16" if capability[0] >= 7 else "float32"
+    return "mixed_bfloat16" if re.search("avx512_bf16|amx_bf16", CPUINFO) else "float32"
+
+
 def parse_options():
     """Read the command line and make the output folder; exit with status 2 where that fails."""
-    parser = argparse.ArgumentParser(
-        description="Train a small CNN to recognise facial emotions (FER-2013).", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Train a small CNN to recognise facial emotions.",
+                                     allow_abbrev=False)
     parser.error = fail  # one line, where argparse would print its usage first
     data = parser.add_argument_group("data").add_mutually_exclusive_group()
-    data.add_argument("--data-dir", type=Path, metavar="DIR",
-                      help="folder that holds train/ and test/, each with the seven emotion "
-                      "folders (default: data, downloaded from Kaggle where it does not exist)")
-    data.add_argument("--demo", action="store_true",
-                      help="train on small drawn faces instead; nothing to download")
+    data.add_argument("--data-dir", type=Path, metavar="DIR", help="folder that holds train/ and "
+                      "test/ (default: data, downloaded from Kaggle where it does not exist)")
+    data.add_argument("--demo", action="store_true", help="train on small drawn faces instead")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=int, metavar="N",
                           help="passes over the training images (default: 20; demo: 8)")
     training.add_argument("--batch-size", type=int, default=64, metavar="N",
                           help="images per step (default: %(default)s)")
     training.add_argument("--learning-rate", type=float, default=1e-3, metavar="X",
-                          help="learning rate at the start (default: %(default)s)")
+                          help="learning rate of the first step (default: %(default)s)")
+    training.add_argument("--precision", choices=("float32", "mixed_bfloat16", "mixed_float16"),
+                          default=fastest_precision(),
+                          help="number format (default: what is fastest here, %(default)s)")
     training.add_argument("--seed", type=int, default=0, metavar="N",
                           help="seeds Python, NumPy and TensorFlow (default: %(default)s)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", type=Path, default=Path("output"), metavar="DIR",
+    parser.add_argument("--output-dir", type=Path, default=Path("output"), metavar="DIR",
                         help="where plots, model and figures go (default: %(default)s)")
     options = parser.parse_args()
     if options.epochs is None:
         options.epochs = 8 if options.demo else 20
-    if options.epochs < 1:
-        parser.error(f"--epochs must be at least 1, not {options.epochs}")
-    if options.batch_size < 1:
-        parser.error(f"--batch-size must be at least 1, not {options.batch_size}")
-    if not 0 < options.learning_rate < math.inf:
-        parser.error(f"--learning-rate must be a number above 0, not {options.learning_rate}")
-    if not 0 <= options.seed < 2**31:
-        parser.error(f"--seed must lie between 0 and 2**31 - 1, not at {options.seed}")
+    for rule, kept in {
+        "--epochs must be at least 1": options.epochs >= 1,
+        "--batch-size must be at least 1": options.batch_size >= 1,
+        "--learning-rate must be a number above 0": 0 < options.learning_rate < math.inf,
+        "--seed must lie between 0 and 2**31 - 1": 0 <= options.seed < 2**31,
+    }.items():
+        if not kept:
+            parser.error(rule)
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.output_dir).close()
@@ -99,11 +117,8 @@ def parse_options():
     return options
 
 
-# --- Data -------------------------------------------------------------------------
-
-# What the parts of a drawn face do, after the action units of Ekman and Friesen's Facial Action
-# Coding System: inner and outer brow up, eyes open (in half faces); smile, mouth open (in half
-# mouths), mouth width (in half faces), one corner of the mouth up.
+# A drawn face, after the action units of Ekman and Friesen's Facial Action Coding System: inner
+# and outer brow up, eyes open (in half faces), smile, mouth open, mouth width, one corner up.
 EXPRESSIONS = {
     "angry":    (-0.16,  0.06, 0.07, -0.35, 0.10, 0.39, 0.00),
     "disgust":  (-0.08, -0.02, 0.04, -0.20, 0.35, 0.34, 0.45),
@@ -145,14 +160,15 @@ def draw_face(emotion, rng):
                  fill=int(dark), width=4)
     across, mouth = np.linspace(-1, 1, 15), mouth * width
     bow = 1 - across**2
-    upper = y + 0.52 * height + mouth * (smile * (bow - 0.5) - (corner * across + opening * bow) / 2)
+    upper = y + 0.52 * height + mouth * (smile * (bow - .5) - (corner * across + opening * bow) / 2)
     lower = upper + 4 + mouth * max(opening, 0) * bow
     draw.polygon([*zip(x + mouth * across, upper), *zip(x - mouth * across, lower[::-1])],
                  fill=int(dark / 2), outline=int(dark), width=4)
     image = image.rotate(rng.normal(0, 7), Image.Resampling.BILINEAR, fillcolor=int(background))
-    pixels = np.asarray(image.resize(IMAGE_SIZE, Image.Resampling.LANCZOS), "float32")
-    light = rng.uniform(0.6, 1.1) * (1 + np.linspace(-1, 1, 48) * rng.normal(0, 0.25))
-    return Image.fromarray((pixels * light + rng.normal(0, 12, pixels.shape)).clip(0, 255).astype("uint8"))
+    pixels = np.asarray(image.resize(IMAGE_SIZE, Image.Resampling.LANCZOS), float)
+    pixels *= rng.uniform(0.6, 1.1) * (1 + np.linspace(-1, 1, 48) * rng.normal(0, 0.25))  # light
+    pixels += rng.normal(0, 12, pixels.shape)  # noise
+    return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
 
 
 def draw_faces(folder, seed):
@@ -186,14 +202,14 @@ def download_faces():
 
 
 def read_images(folder):
-    """Read every image below the seven emotion folders of `folder`.
+    """Read every image in the seven emotion folders of `folder`.
 
-    Returns the file names, the undecoded contents (bytes), the images (uint8, n x 48 x 48 x 1)
-    and the labels (int, n: indices into EMOTIONS).  Files that are no images by their ending
-    are passed over; images of another size or in colour are converted.
+    Returns file names, undecoded contents (bytes), images (uint8, n x 48 x 48 x 1) and labels
+    (int, n: indices into EMOTIONS).  Files that are no images by their ending are passed over;
+    images of another size or in colour are converted.
 
-    Raises ValueError where an emotion folder is missing, empty or one too many, or where an
-    image cannot be decoded; OSError where a file cannot be read.
+    Raises ValueError where an emotion folder is missing, empty or one too many, or an image
+    cannot be decoded; OSError where a file cannot be read.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: --data-dir must name the one that holds "
@@ -222,19 +238,50 @@ def read_images(folder):
     return np.array(names), contents, np.stack(images)[..., np.newaxis], np.array(labels)
 
 
+class AugmentedBatches(keras.utils.PyDataset):
+    """Batches of images in a new order, augmented anew by ImageDataGenerator, in every epoch.
+
+    A batch follows from seed, epoch and index, whichever worker makes it; Keras's own iterators
+    let their workers draw from NumPy's global random numbers all at once.
+    """
+
+    augmentation = ImageDataGenerator(
+        horizontal_flip=True, rotation_range=10, width_shift_range=0.1, height_shift_range=0.1,
+        zoom_range=0.1)
+
+    def __init__(self, images, labels, batch_size, seed, workers=2):
+        # With one worker Keras leaves the queue to tf.data, whose autotuner holds up the end of
+        # some epochs by up to a minute; with two it fills the queue itself.
+        super().__init__(workers=workers)
+        self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
+        self.epoch, self.lock = 0, threading.Lock()
+
+    def __len__(self):
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def __getitem__(self, index):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.labels))
+        chosen = order[index * self.batch_size:(index + 1) * self.batch_size]
+        with self.lock:  # get_random_transform draws from NumPy's global random numbers
+            np.random.seed([self.seed, self.epoch, index])
+            transforms = [self.augmentation.get_random_transform((*IMAGE_SIZE, 1)) for _ in chosen]
+        images = map(self.augmentation.apply_transform, self.images[chosen], transforms)
+        return np.stack(list(images)), self.labels[chosen]
+
+    def on_epoch_end(self):
+        self.epoch += 1
+
+
 def load_data(data_dir, batch_size, seed):
     """Load FER-2013, or a dataset of the same layout, into memory.
 
     Training is train/, validation the PublicTest and test the PrivateTest images of test/.
-    Where file names do not tell these apart, a seeded, stratified tenth of train/ is the
-    validation set and all of test/ the test set.
+    Where file names do not tell these apart, a seeded, stratified tenth of train/ is held out for
+    validation and all of test/ is the test set.
 
-    Returns
-      training: ImageDataGenerator iterator over augmented batches (uint8 images, labels)
-      validation: images (uint8, n x 48 x 48 x 1, pixels 0-255), labels (int, n)
-      test: images, labels, and for each whether it is clean: not in train/, byte for byte
-
-    Raises ValueError and OSError as `read_images` does.
+    Returns training (AugmentedBatches), validation (images, labels) and test (images, labels, and
+    for each image whether it is clean: does not stand in train/ too, byte for byte).  Images are
+    uint8, n x 48 x 48 x 1, pixels 0-255.  Raises ValueError and OSError as `read_images` does.
     """
     print(f"Reading {data_dir}")
     _, train_files, train_images, train_labels = read_images(data_dir / "train")
@@ -259,12 +306,9 @@ def load_data(data_dir, batch_size, seed):
         train_images, train_labels = train_images[~held_out], train_labels[~held_out]
         test = test_images, test_labels, clean
 
-    augmentation = ImageDataGenerator(
-        horizontal_flip=True, rotation_range=10, width_shift_range=0.1, height_shift_range=0.1,
-        zoom_range=0.1, dtype="uint8")
-    training = augmentation.flow(train_images, train_labels, batch_size=batch_size, seed=seed)
-    print(f"{training.n:,} training, {len(validation[0]):,} validation and {len(test[0]):,} test "
-          f"images; {np.sum(~test[2]):,} of the test images also stand in train/")
+    training = AugmentedBatches(train_images, train_labels, batch_size, seed)
+    print(f"{len(train_labels):,} training, {len(validation[1]):,} validation and {len(test[1]):,} "
+          f"test images; {np.sum(~test[2]):,} of the test images also stand in train/")
     return training, validation, test
 
 
@@ -293,7 +337,7 @@ def create_CNN():
         layers.BatchNormalization(momentum=0.9),
         layers.ReLU(),
         layers.Dropout(0.3),
-        layers.Dense(len(EMOTIONS), activation="softmax"),
+        layers.Dense(len(EMOTIONS), activation="softmax", dtype="float32"),
     ])
 
 
@@ -314,7 +358,7 @@ def train_model(model, training, validation, epochs, learning_rate, output_dir):
     """Train `model` with AdamW and a cosine decay of the learning rate over all epochs.
 
     Writes history.csv and the best epoch's network while it goes, and leaves `model` with the
-    weights of the epoch that had the highest validation accuracy.
+    weights of the epoch that had the highest validation accuracy, in float32.
 
     Returns the history: a dict of lists with one value per epoch.
     AdamW: Loshchilov and Hutter (2019), arXiv:1711.05101; cosine decay: arXiv:1608.03983.
@@ -324,7 +368,7 @@ def train_model(model, training, validation, epochs, learning_rate, output_dir):
         optimizer=keras.optimizers.AdamW(schedule),
         loss="sparse_categorical_crossentropy",
         metrics=["accuracy"],
-        jit_compile=False,  # on a processor XLA makes this network slower
+        jit_compile=False,  # on a processor XLA, Keras's default, takes @ times as long
     )
     best = output_dir / "emotion_recognition_cnn.keras"
     history = model.fit(
@@ -338,6 +382,11 @@ def train_model(model, training, validation, epochs, learning_rate, output_dir):
         ],
     )
     model.load_weights(best)
+    for layer in model.layers:
+        layer.dtype_policy = "float32"  # the trained network predicts the same on any machine
+    # SGD has no state: without AdamW's the file is a third of the size.
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
+    model.save(best)
     return history.history
 
 
@@ -370,8 +419,7 @@ def evaluate_model(model, images, labels, clean):
             for i, emotion in enumerate(EMOTIONS)},
         "confusion_matrix": confusion.tolist(),
     }
-    print(f"\nTest, {len(labels):,} images\n"
-          f"  loss               {figures['loss']:.4f}\n"
+    print(f"\nTest, {len(labels):,} images\n  loss               {figures['loss']:.4f}\n"
           f"  accuracy           {figures['accuracy']:.2%}\n"
           f"  balanced accuracy  {figures['balanced_accuracy']:.2%}")
     if clean.any():
@@ -379,7 +427,7 @@ def evaluate_model(model, images, labels, clean):
               f"({clean.sum():,} images that do not also stand in train/)")
     print("\n  emotion    precision   recall       F1   images")
     for emotion, figure in figures["emotions"].items():
-        print("  {:<9}{precision:>11.1%}{recall:>9.1%}{f1:>9.1%}{count:>9,}".format(emotion, **figure))
+        print("  {:9}{precision:11.1%}{recall:9.1%}{f1:9.1%}{count:9,}".format(emotion, **figure))
     return figures
 
 
@@ -426,21 +474,19 @@ def save_metrics(figures, history, data_dir, images, options, seconds):
     wall-clock time of the whole run so far.
     """
     best = int(np.argmax(history["val_accuracy"]))
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows the processor's name
-    processor = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     metrics = {
         "data": "drawn faces (--demo)" if options.demo else str(data_dir),
         "test": figures,
         "best_epoch": best + 1,
-        "validation": {"accuracy": history["val_accuracy"][best], "loss": history["val_loss"][best]},
+        "validation": {name: history["val_" + name][best] for name in ("accuracy", "loss")},
         "images": images,
         "seconds": round(seconds, 1),
         "seed": options.seed,
         "hyper_parameters": {name: getattr(options, name)
-                             for name in ("epochs", "batch_size", "learning_rate")},
+                             for name in ("epochs", "batch_size", "learning_rate", "precision")},
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
                      "keras": keras.__version__},
-        "processor": processor[1] if processor else platform.processor(),
+        "processor": processor_name(),
     }
     (options.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
@@ -449,6 +495,8 @@ if __name__ == "__main__":
     start = time.perf_counter()
     options = parse_options()
     keras.utils.set_random_seed(options.seed)
+    keras.config.set_dtype_policy(options.precision)
+    print(f"{processor_name()}, {options.precision}")
     try:
         with tempfile.TemporaryDirectory() as drawings:
             data_dir = options.data_dir or Path("data")
@@ -465,7 +513,7 @@ if __name__ == "__main__":
                           options.output_dir)
     figures = evaluate_model(model, *test)
     plot_performance(history, figures["confusion_matrix"], options.output_dir)
-    images = {"training": training.n, "validation": len(validation[0]), "test": len(test[0])}
+    images = dict(training=len(training.labels), validation=len(validation[1]), test=len(test[1]))
     save_metrics(figures, history, data_dir, images, options, time.perf_counter() - start)
     print(f"\nSaved in {options.output_dir}: accuracy.png, loss.png, confusion_matrix.png, "
           f"history.csv, metrics.json, emotion_recognition_cnn.keras")

@@ -109,11 +109,35 @@ def test_only_training_images_are_augmented(small_dataset):
         assert np.array_equal(images[..., 0], [np.asarray(Image.open(file)) for file in files])
         assert labels.tolist() == [EMOTIONS.index(file.parent.name) for file in files]
     originals = [np.asarray(Image.open(file)) for file in small_dataset.glob("train/*/*.png")]
-    first, second = training[0][0], training[0][0]
+    first = training[0][0]
+    training.on_epoch_end()
+    second = training[0][0]
     assert first.dtype == "uint8" and first.shape == (42, 48, 48, 1)
     for image in first[..., 0]:
         assert not any(np.array_equal(image, original) for original in originals)
     assert not np.array_equal(first, second)  # each epoch sees other variations
+
+
+def test_batches_are_the_same_in_whatever_order_and_thread_they_are_made(small_dataset):
+    training, _, _ = script.load_data(small_dataset, batch_size=4, seed=3)
+    one_by_one = [training[i] for i in range(len(training))]
+    with ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(training.__getitem__, reversed(range(len(training)))))[::-1]
+    for (images, labels), (same_images, same_labels) in zip(one_by_one, at_once):
+        assert np.array_equal(images, same_images) and np.array_equal(labels, same_labels)
+    training.on_epoch_end()
+    assert not np.array_equal(training[0][1], one_by_one[0][1])  # a new order
+
+
+def test_one_and_two_workers_give_the_same_history(small_dataset, tmp_path, capfd):
+    histories = []
+    for workers in (1, 2):
+        training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
+        training.workers = workers
+        keras.utils.set_random_seed(3)
+        model = script.create_CNN()
+        histories.append(script.train_model(model, training, validation, 3, 0.001, tmp_path))
+    assert histories[0] == histories[1] and len(histories[0]["loss"]) == 3
 
 
 def test_without_kaggle_names_a_stratified_tenth_is_held_out(tmp_path, capsys):
@@ -125,7 +149,7 @@ def test_without_kaggle_names_a_stratified_tenth_is_held_out(tmp_path, capsys):
     for seed in (3, 3, 4):
         training, (images, labels), test = script.load_data(tmp_path, batch_size=200, seed=seed)
         assert np.bincount(labels).tolist() == [2] * 7
-        assert training.n == 7 * 18 and len(test[0]) == 14
+        assert len(training.labels) == 7 * 18 and len(test[0]) == 14
         held_out.append(images[:, 0, 0, 0].tolist())
         assert not set(held_out[-1]) & set(training[0][0][:, 0, 0, 0].tolist())
     assert held_out[0] == held_out[1] != held_out[2]
@@ -175,6 +199,45 @@ def test_light_and_contrast_do_not_change_the_prediction():
     model = script.create_CNN()
     assert np.allclose(model(images), model(2 * images - 60), atol=1e-3)
     assert np.allclose(np.sum(model(images), axis=1), 1, atol=1e-5)
+
+
+# --- Precision --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("sse2 avx2 avx512f", "float32"), ("avx512f avx512_bf16", "mixed_bfloat16"),
+    ("amx_tile amx_bf16", "mixed_bfloat16"), ("", "float32")])
+def test_bfloat16_only_where_the_processor_has_it(monkeypatch, flags, expected):
+    monkeypatch.setattr(script.tf.config, "list_physical_devices", lambda kind: [])
+    monkeypatch.setattr(script, "CPUINFO", f"model name\t: Tester 1\nflags\t\t: {flags}\n")
+    assert script.fastest_precision() == expected
+    assert script.processor_name() == "Tester 1"
+
+
+@pytest.mark.parametrize(("details", "expected"), [
+    ({"compute_capability": (8, 0)}, "mixed_float16"), ({"compute_capability": (6, 1)}, "float32"),
+    ({}, "float32")])
+def test_float16_only_on_gpus_that_have_tensor_cores(monkeypatch, details, expected):
+    monkeypatch.setattr(script.tf.config, "list_physical_devices", lambda kind: ["a GPU"])
+    monkeypatch.setattr(script.tf.config.experimental, "get_device_details", lambda gpu: details)
+    assert script.fastest_precision() == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_saved_model_predicts_in_float32(small_dataset, tmp_path, capfd, precision):
+    training, validation, test = script.load_data(small_dataset, batch_size=8, seed=3)
+    keras.config.set_dtype_policy(precision)
+    try:
+        model = script.create_CNN()
+        assert {layer.compute_dtype for layer in model.layers[:-1]} == {precision.split("_")[-1]}
+        script.train_model(model, training, validation, 1, 0.001, tmp_path)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    saved = keras.models.load_model(tmp_path / "emotion_recognition_cnn.keras")
+    assert {layer.compute_dtype for layer in saved.layers} == {"float32"}
+    predictions = saved.predict(test[0], verbose=0)
+    assert predictions.dtype == "float32"
+    assert np.array_equal(predictions, model.predict(test[0], verbose=0))
 
 
 # --- Evaluation -------------------------------------------------------------------
@@ -318,12 +381,14 @@ def test_history_has_a_row_per_epoch(demo):
 
 
 def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
-    metrics = json.loads((demo[0] / "output/metrics.json").read_text())
+    folder, process = demo
+    metrics = json.loads((folder / "output/metrics.json").read_text())
     assert metrics["seed"] == 0 and metrics["seconds"] > 0
-    assert set(metrics["hyper_parameters"]) == {"epochs", "batch_size", "learning_rate"}
+    assert set(metrics["hyper_parameters"]) == {"epochs", "batch_size", "learning_rate", "precision"}
     assert metrics["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert metrics["versions"]["keras"] == keras.__version__ and metrics["versions"]["tensorflow"]
-    assert metrics["processor"]
+    assert process.stdout.startswith(
+        f"{metrics['processor']}, {metrics['hyper_parameters']['precision']}\n")
     confusion = np.array(metrics["test"]["confusion_matrix"])
     assert confusion.sum() == 350
     assert metrics["test"]["accuracy"] == pytest.approx(np.trace(confusion) / 350)
@@ -344,9 +409,10 @@ def test_saved_model_alone_gives_the_accuracy_of_the_best_epoch(demo, tmp_path):
 
 def test_nothing_but_the_script_and_keras_reaches_the_terminal(demo):
     """Every line is one of the script's own or of Keras's, a line per epoch."""
-    _, process = demo
+    folder, process = demo
     assert process.stderr == ""
-    beginnings = ("Demo", "Reading", "2,100 training", "Epoch ", "Test,", "  ", "Saved in")
+    metrics = json.loads((folder / "output/metrics.json").read_text())
+    beginnings = (metrics["processor"], "Demo", "Reading", "2,100 training", "Epoch ", "Test,", "  ", "Saved in")
     for line in process.stdout.splitlines():
         assert not line or line.startswith(beginnings) or " - val_accuracy: " in line, line
 
@@ -446,15 +512,16 @@ BAD_INPUTS = {
     "output below a file": (["--output-dir", "data/readme.txt/output"],
                             lambda data: (data / "readme.txt").write_text("x"),
                             ["--output-dir", "readme.txt"]),
-    "no epoch": (["--epochs", 0], None, ["--epochs", "at least 1", "0"]),
+    "no epoch": (["--epochs", 0], None, ["--epochs", "at least 1"]),
     "word for epochs": (["--epochs", "many"], None, ["--epochs", "many"]),
-    "no batch": (["--batch-size", -4], None, ["--batch-size", "at least 1", "-4"]),
+    "no batch": (["--batch-size", -4], None, ["--batch-size", "at least 1"]),
     "word for batch size": (["--batch-size", "1.5"], None, ["--batch-size", "1.5"]),
     "no learning rate": (["--learning-rate", 0], None, ["--learning-rate", "above 0"]),
-    "negative learning rate": (["--learning-rate", "-0.1"], None, ["--learning-rate", "-0.1"]),
-    "learning rate nan": (["--learning-rate", "nan"], None, ["--learning-rate", "nan"]),
+    "negative learning rate": (["--learning-rate", "-0.1"], None, ["--learning-rate", "above 0"]),
+    "learning rate nan": (["--learning-rate", "nan"], None, ["--learning-rate", "above 0"]),
     "word for learning rate": (["--learning-rate", "fast"], None, ["--learning-rate", "fast"]),
-    "negative seed": (["--seed", -1], None, ["--seed", "-1"]),
+    "unknown precision": (["--precision", "int8"], None, ["--precision", "int8", "float32"]),
+    "negative seed": (["--seed", -1], None, ["--seed", "between 0 and"]),
     "word for seed": (["--seed", "x"], None, ["--seed", "x"]),
     "unknown option": (["--epoch", 3], None, ["--epoch"]),
     "demo and data": (["--demo", "--data-dir", "data"], None, ["--demo", "--data-dir"]),
