@@ -497,7 +497,7 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as drawings:
             data_dir = options.data_dir or Path("data")
             if options.demo:
-                print("Demo: drawn faces. Its accuracy means nothing for real faces.")
+                print("Demo: drawing faces")
                 data_dir = draw_faces(drawings, options.seed)
             elif options.data_dir is None and not data_dir.exists():
                 data_dir = download_faces()
@@ -508,6 +508,8 @@ if __name__ == "__main__":
     history = train_model(model, training, validation, options.epochs, options.learning_rate,
                           options.output_dir)
     figures = evaluate_model(model, *test)
+    if options.demo:
+        print("\nThe faces are drawn: this accuracy means nothing for real faces.")
     plot_performance(history, figures["confusion_matrix"], options.output_dir)
     images = dict(training=len(training.labels), validation=len(validation[1]), test=len(test[1]))
     save_metrics(figures, history, data_dir, images, options, time.perf_counter() - start)
