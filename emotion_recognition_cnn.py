@@ -11,16 +11,20 @@ FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arX
 """
 
 import argparse
+import contextlib
+import csv
 import io
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -48,7 +52,13 @@ import matplotlib.pyplot as plt
 EMOTIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 IMAGE_SIZE = (48, 48)  # height, width
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""  # Linux
+MODEL, HISTORY, METRICS = "emotion_recognition_cnn.keras", "history.csv", "metrics.json"
+CHECKPOINT, SETTINGS = "checkpoint.keras", "settings.json"  # of a run that is not finished
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+class InputError(Exception):
+    """A mistake in options or data; its one line names it and says what to do."""
 
 
 def fail(error):
@@ -81,7 +91,7 @@ def parse_options():
                                      allow_abbrev=False)
     parser.error = fail  # one line, where argparse would print its usage first
     data = parser.add_argument_group("data").add_mutually_exclusive_group()
-    data.add_argument("--data-dir", type=Path, metavar="DIR", help="folder that holds train/ and "
+    data.add_argument("--data-dir", metavar="DIR", help="folder that holds train/ and "
                       "test/ (default: data, downloaded from Kaggle where it does not exist)")
     data.add_argument("--demo", action="store_true", help="train on small drawn faces instead")
     training = parser.add_argument_group("training")
@@ -98,7 +108,25 @@ def parse_options():
                           help="seeds Python, NumPy and TensorFlow (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("output"), metavar="DIR",
                         help="where plots, model and figures go (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the interrupted run in --output-dir, with its settings")
     options = parser.parse_args()
+    run_dir = options.output_dir / "unfinished"
+    interrupted = (run_dir / CHECKPOINT).exists()
+    if options.resume and not interrupted:
+        parser.error(f"--resume: there is no interrupted run in {options.output_dir}")
+    if interrupted and not options.resume:
+        parser.error(f"{run_dir} holds an interrupted run: add --resume, or delete that folder")
+    if options.resume:
+        try:
+            settings = json.loads((run_dir / SETTINGS).read_text())
+        except (OSError, ValueError):
+            parser.error(f"{run_dir / SETTINGS} is damaged: delete {run_dir} and start anew")
+        parser.set_defaults(**settings)  # what is not given now is as it was
+        options = parser.parse_args()
+        for name, value in settings.items():
+            if getattr(options, name) != value:
+                parser.error(f"--{name.replace('_', '-')}: the run to resume has {value}")
     if options.epochs is None:
         options.epochs = 8 if options.demo else 20
     for rule, kept in {
@@ -110,11 +138,14 @@ def parse_options():
         if not kept:
             parser.error(rule)
     try:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.output_dir).close()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            settings = {name: value for name, value in vars(options).items()
+                        if name not in ("output_dir", "resume")}
+            (run_dir / SETTINGS).write_text(json.dumps(settings))
     except OSError as error:
         parser.error(f"--output-dir {options.output_dir} cannot be written: {error.strerror}")
-    return options
+    return options, run_dir
 
 
 # A drawn face, after the action units of Ekman and Friesen's Facial Action Coding System: inner
@@ -186,19 +217,28 @@ def draw_faces(folder, seed):
 def download_faces():
     """Return the folder of FER-2013 in kagglehub's cache, downloaded where it is not there yet.
 
-    Raises OSError, with the other ways to get going, where the download fails.
+    Raises InputError, with the other ways to get going, where the download fails.
     """
     try:
         import kagglehub
 
         return Path(kagglehub.dataset_download("msambare/fer2013"))
     except Exception as error:  # from any layer: network, HTTP status, archive, disk
-        raise OSError(
+        raise InputError(
             "there is no data/ folder and FER-2013 could not be downloaded "
             f"({type(error).__name__}). Ways on: download "
             "https://www.kaggle.com/datasets/msambare/fer2013 by hand and unpack it into data/, "
             "name the folder that holds it with --data-dir, or try drawn faces with --demo"
         ) from error
+
+
+def decode_image(contents):
+    """Decode the contents of an image file into 48x48 grey pixels (uint8)."""
+    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+        image = Image.open(io.BytesIO(contents))
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+        image = image.point(lambda value: value / 256)
+    return np.asarray(image.convert("L").resize(IMAGE_SIZE, Image.Resampling.BILINEAR))
 
 
 def read_images(folder):
@@ -208,31 +248,30 @@ def read_images(folder):
     (int, n: indices into EMOTIONS).  Files that are no images by their ending are passed over;
     images of another size or in colour are converted.
 
-    Raises ValueError where an emotion folder is missing, empty or one too many, or an image
-    cannot be decoded; OSError where a file cannot be read.
+    Raises InputError where an emotion folder is missing, empty or one too many, or an image
+    cannot be decoded.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: --data-dir must name the one that holds "
+        raise InputError(f"{folder} is no folder: --data-dir must name the one that holds "
                          "train/ and test/")
     found = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
     if found != set(EMOTIONS):
         name = min(found ^ set(EMOTIONS))
-        raise ValueError(f"{folder / name} is {'none of' if name in found else 'missing:'} "
+        raise InputError(f"{folder / name} is {'none of' if name in found else 'missing:'} "
                          f"the seven emotion folders ({', '.join(EMOTIONS)})")
     names, contents, images, labels = [], [], [], []
     for label, emotion in enumerate(EMOTIONS):
         paths = sorted(path for path in (folder / emotion).iterdir()
                        if path.suffix.lower() in IMAGE_ENDINGS and path.name[0] != ".")
         if not paths:
-            raise ValueError(f"{folder / emotion} holds no images ({' '.join(IMAGE_ENDINGS)})")
+            raise InputError(f"{folder / emotion} holds no images ({' '.join(IMAGE_ENDINGS)})")
         for path in paths:
-            contents.append(path.read_bytes())
             try:
-                images.append(np.asarray(keras.utils.load_img(
-                    io.BytesIO(contents[-1]), color_mode="grayscale", target_size=IMAGE_SIZE)))
+                contents.append(path.read_bytes())
+                images.append(decode_image(contents[-1]))
             except Exception as error:  # Pillow raises many kinds on a broken file
-                raise ValueError(f"{path} is empty, damaged or no image: replace or delete it"
-                                 ) from error
+                raise InputError(f"{path} is empty, damaged or no image ({type(error).__name__}): "
+                                 "replace or delete it") from error
             names.append(path.name)
             labels.append(label)
     return np.array(names), contents, np.stack(images)[..., np.newaxis], np.array(labels)
@@ -241,8 +280,8 @@ def read_images(folder):
 class AugmentedBatches(keras.utils.PyDataset):
     """Batches of images in a new order, augmented anew by ImageDataGenerator, in every epoch.
 
-    A batch follows from seed, epoch and index, whichever worker makes it; Keras's own iterators
-    let their workers draw from NumPy's global random numbers all at once.
+    A batch follows from seed, epoch (which `train_model` sets) and index, whichever worker makes
+    it; Keras's own iterators let workers draw from NumPy's global random numbers all at once.
     """
 
     augmentation = ImageDataGenerator(
@@ -268,9 +307,6 @@ class AugmentedBatches(keras.utils.PyDataset):
         images = map(self.augmentation.apply_transform, self.images[chosen], transforms)
         return np.stack(list(images)), self.labels[chosen]
 
-    def on_epoch_end(self):
-        self.epoch += 1
-
 
 def load_data(data_dir, batch_size, seed):
     """Load FER-2013, or a dataset of the same layout, into memory.
@@ -281,7 +317,7 @@ def load_data(data_dir, batch_size, seed):
 
     Returns training (AugmentedBatches), validation (images, labels) and test (images, labels, and
     for each image whether it is clean: does not stand in train/ too, byte for byte).  Images are
-    uint8, n x 48 x 48 x 1, pixels 0-255.  Raises ValueError and OSError as `read_images` does.
+    uint8, n x 48 x 48 x 1, pixels 0-255.  Raises InputError as `read_images` does.
     """
     print(f"Reading {data_dir}")
     _, train_files, train_images, train_labels = read_images(data_dir / "train")
@@ -341,12 +377,22 @@ def create_CNN():
     ])
 
 
+def save_whole(model, path):
+    """Save `model` beside `path`, then put it there: a file is whole, or it is the one before."""
+    model.save(path.with_stem("part"))
+    os.replace(path.with_stem("part"), path)
+
+
 class EpochLog(keras.callbacks.CSVLogger):
     """Keras's CSVLogger, with epochs counted from 1, the learning rate and the seconds."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.perf_counter()
         self.learning_rate = float(self.model.optimizer.learning_rate)
+        for layer in self.model.layers:
+            if isinstance(layer, layers.Dropout):  # no file keeps where its random numbers were
+                seed = layer.seed_generator.state[0]
+                layer.seed_generator.state.assign([seed, epoch * self.params["steps"]])
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch + 1, logs | {
@@ -354,36 +400,71 @@ class EpochLog(keras.callbacks.CSVLogger):
             "seconds": round(time.perf_counter() - self.start, 2)})
 
 
-def train_model(model, training, validation, epochs, learning_rate, output_dir):
+def read_history(path):
+    """Return history.csv as a dict of lists with one value per epoch."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+
+
+def train_model(model, training, validation, epochs, learning_rate, run_dir):
     """Train `model` with AdamW and a cosine decay of the learning rate over all epochs.
 
-    Writes history.csv and the best epoch's network while it goes, and leaves `model` with the
-    weights of the epoch that had the highest validation accuracy, in float32.
+    After each epoch `run_dir` holds the history, the best weights and, in one file, all it takes
+    to go on; where that file is there already, training goes on from it.  In the end `model` has
+    the weights of the epoch with the highest validation accuracy, in float32, and is saved.
 
-    Returns the history: a dict of lists with one value per epoch.
+    Returns the history: a dict of lists with one value per epoch.  Raises InputError where the
+    loss is not finite, OSError where `run_dir` cannot be written.
     AdamW: Loshchilov and Hutter (2019), arXiv:1711.05101; cosine decay: arXiv:1608.03983.
     """
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * len(training))
     model.compile(keras.optimizers.AdamW(schedule), "sparse_categorical_crossentropy",
                   metrics=["accuracy"])
-    best = output_dir / "emotion_recognition_cnn.keras"
-    history = model.fit(
-        training,
-        validation_data=validation,
-        epochs=epochs,
-        verbose=1 if sys.stdout.isatty() else 2,
-        callbacks=[
-            EpochLog(output_dir / "history.csv"),
-            keras.callbacks.ModelCheckpoint(best, monitor="val_accuracy", save_best_only=True),
-        ],
-    )
+    log, best, checkpoint = run_dir / HISTORY, run_dir / "best.weights.h5", run_dir / CHECKPOINT
+    done, best_accuracy = 0, None
+    if checkpoint.exists():
+        model.optimizer.build(model.trainable_variables)
+        try:
+            model.load_weights(checkpoint)
+        except Exception as error:  # of zipfile, h5py or Keras
+            raise InputError(f"{checkpoint} is damaged: delete {run_dir} and start anew") from error
+        done = int(model.optimizer.iterations) // len(training)
+        # An epoch that was logged but not yet in the checkpoint is trained again.
+        lines = log.read_bytes().splitlines(keepends=True)[:1 + done]
+        log.with_stem("part").write_bytes(b"".join(lines))
+        os.replace(log.with_stem("part"), log)
+        best_accuracy = max(read_history(log)["val_accuracy"])
+    try:
+        model.fit(
+            training,
+            validation_data=validation,
+            initial_epoch=done,
+            epochs=epochs,
+            shuffle=False,  # of batches: their images are shuffled already
+            verbose=1 if sys.stdout.isatty() else 2,
+            callbacks=[
+                keras.callbacks.TerminateOnNaN(raise_error=True),
+                EpochLog(log, append=checkpoint.exists()),
+                keras.callbacks.ModelCheckpoint(
+                    best, monitor="val_accuracy", save_best_only=True, save_weights_only=True,
+                    initial_value_threshold=best_accuracy),
+                keras.callbacks.LambdaCallback(
+                    on_epoch_begin=lambda epoch, logs: setattr(training, "epoch", epoch),
+                    on_epoch_end=lambda epoch, logs: save_whole(model, checkpoint)),
+            ],
+        )
+    except RuntimeError as error:
+        if "NaN" not in str(error):  # not TerminateOnNaN's
+            raise
+        raise InputError(f"{error} Start anew with a lower --learning-rate than {learning_rate}")
     model.load_weights(best)
     for layer in model.layers:
         layer.dtype_policy = "float32"  # the trained network predicts the same on any machine
     # SGD has no state: without AdamW's the file is a third of the size.
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    model.save(best)
-    return history.history
+    save_whole(model, run_dir / MODEL)
+    return read_history(log)
 
 
 def evaluate_model(model, images, labels, clean):
@@ -430,7 +511,8 @@ def evaluate_model(model, images, labels, clean):
 def plot_performance(history, confusion, output_dir):
     """Write accuracy.png and loss.png (over the epochs) and confusion_matrix.png.
 
-    `history` is what `train_model` returns, `confusion` the matrix of `evaluate_model`.
+    `history` is what `train_model` returns, `confusion` the matrix of `evaluate_model`, or None
+    where there is none yet.
     """
     plt.rcParams.update({"font.size": 15, "figure.dpi": 150, "lines.linewidth": 2.5})
     epochs = np.arange(1, len(history["loss"]) + 1)
@@ -450,6 +532,8 @@ def plot_performance(history, confusion, output_dir):
         figure.savefig(output_dir / f"{name}.png")
         plt.close(figure)
 
+    if confusion is None:
+        return
     shares = np.array(confusion) / np.maximum(np.sum(confusion, axis=1, keepdims=True), 1)
     figure, axes = plt.subplots(figsize=(8, 7.5), layout="constrained")
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -463,11 +547,11 @@ def plot_performance(history, confusion, output_dir):
     plt.close(figure)
 
 
-def save_metrics(figures, history, data_dir, images, options, seconds):
+def save_metrics(run_dir, options, data_dir, labels, history, figures, start):
     """Write metrics.json: test figures, best epoch, and all it takes to repeat the run.
 
-    `images` maps training, validation and test to their number of images; `seconds` is the
-    wall-clock time of the whole run so far.
+    `labels` maps training, validation and test to their labels; `start` is the clock
+    (time.perf_counter) at the start of the program.
     """
     best = int(np.argmax(history["val_accuracy"]))
     metrics = {
@@ -475,8 +559,8 @@ def save_metrics(figures, history, data_dir, images, options, seconds):
         "test": figures,
         "best_epoch": best + 1,
         "validation": {name: history["val_" + name][best] for name in ("accuracy", "loss")},
-        "images": images,
-        "seconds": round(seconds, 1),
+        "images": {name: len(of) for name, of in labels.items()},
+        "seconds": round(time.perf_counter() - start, 1),
         "seed": options.seed,
         "hyper_parameters": {name: getattr(options, name)
                              for name in ("epochs", "batch_size", "learning_rate", "precision")},
@@ -484,34 +568,66 @@ def save_metrics(figures, history, data_dir, images, options, seconds):
                      "keras": keras.__version__},
         "processor": processor_name(),
     }
-    (options.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (run_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def publish(run_dir, output_dir):
+    """Put the files of a finished run in place of those of the one before, each of them whole."""
+    names = ("accuracy.png", "loss.png", "confusion_matrix.png", HISTORY, METRICS, MODEL)
+    for name in names:
+        shutil.copy(run_dir / name, output_dir / "part")
+        os.replace(output_dir / "part", output_dir / name)
+    (run_dir / CHECKPOINT).unlink()  # first: without it there is nothing to resume
+    shutil.rmtree(run_dir)
+    print(f"\nSaved in {output_dir}: {', '.join(names)}")
+
+
+def stop(error, run_dir):
+    """End the program with one line on what went wrong and what is kept of the training."""
+    kept = ""
+    if (run_dir / CHECKPOINT).exists():
+        history = read_history(run_dir / HISTORY)
+        with contextlib.suppress(OSError):  # the disk may be full
+            plot_performance(history, None, run_dir)
+        kept = (f". The first {len(history['loss'])} epochs are kept in {run_dir}, with history "
+                "and plots: --resume goes on from there")
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\ninterrupted{kept or ', nothing was trained yet'}", file=sys.stderr)
+        sys.exit(130)  # as shells do
+    if isinstance(error, OSError):
+        error = f"{error.filename or run_dir} cannot be read or written: {error.strerror or error}"
+    fail(f"{error}{kept}")
 
 
 if __name__ == "__main__":
     start = time.perf_counter()
-    options = parse_options()
+    sys.stdout.reconfigure(errors="backslashreplace")  # no path and no bar fails to be printed
+    options, run_dir = parse_options()
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(options.precision)
     print(f"{processor_name()}, {options.precision}")
     try:
+        if options.resume:  # the time before the interruption counts, too
+            start -= sum(read_history(run_dir / HISTORY)["seconds"])
         with tempfile.TemporaryDirectory() as drawings:
-            data_dir = options.data_dir or Path("data")
+            data_dir = Path(options.data_dir or "data")
             if options.demo:
                 print("Demo: drawing faces")
                 data_dir = draw_faces(drawings, options.seed)
             elif options.data_dir is None and not data_dir.exists():
                 data_dir = download_faces()
             training, validation, test = load_data(data_dir, options.batch_size, options.seed)
-    except (OSError, ValueError) as error:
-        fail(error)
-    model = create_CNN()
-    history = train_model(model, training, validation, options.epochs, options.learning_rate,
-                          options.output_dir)
-    figures = evaluate_model(model, *test)
-    if options.demo:
-        print("\nThe faces are drawn: this accuracy means nothing for real faces.")
-    plot_performance(history, figures["confusion_matrix"], options.output_dir)
-    images = dict(training=len(training.labels), validation=len(validation[1]), test=len(test[1]))
-    save_metrics(figures, history, data_dir, images, options, time.perf_counter() - start)
-    print(f"\nSaved in {options.output_dir}: accuracy.png, loss.png, confusion_matrix.png, "
-          f"history.csv, metrics.json, emotion_recognition_cnn.keras")
+        model = create_CNN()
+        history = train_model(model, training, validation, options.epochs, options.learning_rate,
+                              run_dir)
+        figures = evaluate_model(model, *test)
+        if options.demo:
+            print("\nThe faces are drawn: this accuracy means nothing for real faces.")
+        plot_performance(history, figures["confusion_matrix"], run_dir)
+        labels = {"training": training.labels, "validation": validation[1], "test": test[1]}
+        save_metrics(run_dir, options, data_dir, labels, history, figures, start)
+        publish(run_dir, options.output_dir)
+    except (InputError, OSError, KeyboardInterrupt) as error:
+        stop(error, run_dir)

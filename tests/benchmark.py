@@ -41,22 +41,20 @@ def keras_contender(name, data_dir):
     import keras
 
     keras.utils.set_random_seed(0)
-    keras.config.set_dtype_policy("float32" if name == "plain Keras" else script.fastest_precision())
-    options = {"jit_compile": False}
     if name == "plain Keras":
-        augmentation = script.AugmentedBatches.augmentation
-        training, options = augmentation.flow_from_directory(
+        training = script.AugmentedBatches.augmentation.flow_from_directory(
             Path(data_dir, "train"), target_size=script.IMAGE_SIZE, color_mode="grayscale",
-            class_mode="sparse", batch_size=BATCH_SIZE), {}
+            class_mode="sparse", batch_size=BATCH_SIZE)
         data = {"x": training}
     else:
+        keras.config.set_dtype_policy(script.fastest_precision())
         training, _, _ = script.load_data(Path(data_dir), BATCH_SIZE, 0)
         data = {"x": training}
         if name == "ceiling":
             data = {"x": training.images, "y": training.labels, "batch_size": BATCH_SIZE}
     model = script.create_CNN()
     model.compile(keras.optimizers.AdamW(LEARNING_RATE), "sparse_categorical_crossentropy",
-                  metrics=["accuracy"], **options)
+                  metrics=["accuracy"])
 
     def train(steps):
         times = []
@@ -113,7 +111,7 @@ def torch_contender(name, data_dir):
     tuned = name == "PyTorch tuned"
     if tuned:
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.004, fused=tuned)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=tuned)
     bfloat16 = tuned and script.fastest_precision() == "mixed_bfloat16"
 
     def train(steps):

@@ -2,11 +2,15 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,7 +114,7 @@ def test_only_training_images_are_augmented(small_dataset):
         assert labels.tolist() == [EMOTIONS.index(file.parent.name) for file in files]
     originals = [np.asarray(Image.open(file)) for file in small_dataset.glob("train/*/*.png")]
     first = training[0][0]
-    training.on_epoch_end()
+    training.epoch += 1
     second = training[0][0]
     assert first.dtype == "uint8" and first.shape == (42, 48, 48, 1)
     for image in first[..., 0]:
@@ -125,7 +129,7 @@ def test_batches_are_the_same_in_whatever_order_and_thread_they_are_made(small_d
         at_once = list(pool.map(training.__getitem__, reversed(range(len(training)))))[::-1]
     for (images, labels), (same_images, same_labels) in zip(one_by_one, at_once):
         assert np.array_equal(images, same_images) and np.array_equal(labels, same_labels)
-    training.on_epoch_end()
+    training.epoch += 1
     assert not np.array_equal(training[0][1], one_by_one[0][1])  # a new order
 
 
@@ -383,8 +387,11 @@ def test_history_has_a_row_per_epoch(demo):
 def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
     folder, process = demo
     metrics = json.loads((folder / "output/metrics.json").read_text())
-    assert metrics["seed"] == 0 and metrics["seconds"] > 0
-    assert set(metrics["hyper_parameters"]) == {"epochs", "batch_size", "learning_rate", "precision"}
+    assert metrics["seed"] == 0
+    assert metrics["seconds"] > sum(float(row["seconds"]) for row in csv.DictReader(
+        (folder / "output/history.csv").read_text().splitlines()))
+    assert set(metrics["hyper_parameters"]) == {
+        "epochs", "batch_size", "learning_rate", "precision"}
     assert metrics["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert metrics["versions"]["keras"] == keras.__version__ and metrics["versions"]["tensorflow"]
     assert process.stdout.startswith(
@@ -412,7 +419,8 @@ def test_nothing_but_the_script_and_keras_reaches_the_terminal(demo):
     folder, process = demo
     assert process.stderr == ""
     metrics = json.loads((folder / "output/metrics.json").read_text())
-    beginnings = (metrics["processor"], "Demo", "The faces", "Reading", "2,100 training", "Epoch ", "Test,", "  ", "Saved in")
+    beginnings = (metrics["processor"], "Demo", "The faces", "Reading", "2,100 training", "Epoch ",
+                  "Test,", "  ", "Saved in")
     for line in process.stdout.splitlines():
         assert not line or line.startswith(beginnings) or " - val_accuracy: " in line, line
 
@@ -471,7 +479,8 @@ def test_the_dataset_is_downloaded_where_there_is_none(kagglehub, tmp_path):
     assert "42 training, 14 validation and 14 test images" in process.stdout
 
 
-def test_data_folder_that_is_there_is_used_and_nothing_downloaded(kagglehub, small_dataset, tmp_path):
+def test_data_folder_that_is_there_is_used_and_nothing_downloaded(
+        kagglehub, small_dataset, tmp_path):
     shutil.copytree(small_dataset, tmp_path / "data")
     process = run("--epochs", 1, cwd=tmp_path, **kagglehub)
     assert process.returncode == 0, process.stderr
@@ -506,6 +515,11 @@ BAD_INPUTS = {
                       ["data/test/happy/x.jpg", "no image"]),
     "image cut short": ([], lambda data: (data / "test/sad/PublicTest_0.png").write_bytes(
         (data / "test/sad/PublicTest_0.png").read_bytes()[:700]), ["PublicTest_0.png", "damaged"]),
+    "folder named as an image": ([], lambda data: (data / "test/sad/x.jpg").mkdir(),
+                                 ["data/test/sad/x.jpg", "no image"]),
+    "decompression bomb": ([], lambda data: Image.new("1", (20000, 20000)).save(
+        data / "train/fear/bomb.png"), ["data/train/fear/bomb.png", "DecompressionBomb"]),
+    "nothing to resume": (["--resume"], None, ["--resume", "no interrupted run", "output"]),
     "output is a file": (["--output-dir", "data/readme.txt"],
                          lambda data: (data / "readme.txt").write_text("x"),
                          ["--output-dir", "readme.txt"]),
@@ -569,6 +583,229 @@ def test_output_folder_that_cannot_be_written(small_dataset, tmp_path):
     process = run("--data-dir", small_dataset, "--output-dir", folder, cwd=tmp_path)
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1 and str(folder) in process.stderr
+
+
+# --- Interruption and resuming ----------------------------------------------------
+
+RUN = "--epochs", "8", "--batch-size", "8", "--output-dir", "output"
+
+
+def start(*arguments, cwd):
+    """Start the script and return the running process."""
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_epoch(process, folder):
+    """Wait until `process` has logged one epoch more than it found, or has ended."""
+    history = Path(folder, "output/unfinished/history.csv")
+    before = history.read_bytes().count(b"\n") if history.exists() else 1
+    while process.poll() is None:
+        if history.exists() and history.read_bytes().count(b"\n") > max(before, 1):
+            return
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_dataset, tmp_path_factory):
+    """Return the folder of a run that nobody interrupted; its output is in output/."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = run("--data-dir", small_dataset, *RUN, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def assert_same_run(one, other):
+    """Assert that two runs gave the same history, figures and predictions, times aside."""
+    assert read_history(one / "output") == read_history(other / "output")
+    one, other = (json.loads((folder / "output/metrics.json").read_text())
+                  for folder in (one, other))
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
+        small_dataset, whole_run, tmp_path):
+    checkpoint, kills = tmp_path / "output/unfinished/checkpoint.keras", 0
+    for _ in range(4):
+        resume = ["--resume"] if checkpoint.exists() else []
+        process = start("--data-dir", small_dataset, *RUN, *resume, cwd=tmp_path)
+        wait_for_epoch(process, tmp_path)
+        time.sleep(random.uniform(0, 0.5))  # into the saving, or into the next epoch
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 3
+    process = run("--resume", "--output-dir", "output", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert_same_run(tmp_path, whole_run)
+    assert {path.name for path in (tmp_path / "output").iterdir()} == OUTPUTS
+
+
+def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(small_dataset, whole_run, tmp_path):
+    process = start("--data-dir", small_dataset, *RUN, cwd=tmp_path)
+    wait_for_epoch(process, tmp_path)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    unfinished = tmp_path / "output/unfinished"
+    epochs = len(read_history(unfinished))
+    assert errors.strip().count("\n") == 0 and "--resume" in errors
+    assert f"The first {epochs} epochs" in errors
+    for name in "accuracy.png", "loss.png":
+        assert Image.open(unfinished / name).size[0] >= 800
+
+    # Neither a run that forgets about it nor one with other settings touches it.
+    kept = {path.name: path.read_bytes() for path in unfinished.iterdir()}
+    for arguments, word in ((RUN, "--resume"), (("--resume", "--epochs", "9"), "--epochs"),
+                            (("--resume", "--seed", "1"), "--seed"),
+                            (("--resume", "--data-dir", "elsewhere"), "--data-dir")):
+        refused = run(*arguments, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert refused.stderr.count("\n") == 1 and word in refused.stderr
+    assert kept == {path.name: path.read_bytes() for path in unfinished.iterdir()}
+
+    process = run("--resume", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_ctrl_c_before_the_first_epoch_leaves_nothing(small_dataset, tmp_path):
+    process = start("--data-dir", small_dataset, "--epochs", "3", cwd=tmp_path)
+    assert process.stdout.readline()  # the processor: what follows is reading and training
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "interrupted, nothing was trained yet"
+    assert not (tmp_path / "output/unfinished").exists()
+
+
+def test_earlier_results_stay_whole_until_the_next_run_has_its_own(
+        small_dataset, whole_run, tmp_path):
+    shutil.copytree(whole_run / "output", tmp_path / "output")
+    before = {name: (tmp_path / "output" / name).read_bytes() for name in OUTPUTS}
+    options = "--data-dir", small_dataset, *RUN, "--seed", 1
+    process = start(*options, cwd=tmp_path)
+    wait_for_epoch(process, tmp_path)
+    process.kill()
+    process.communicate()
+    assert before == {name: (tmp_path / "output" / name).read_bytes() for name in OUTPUTS}
+    shutil.rmtree(tmp_path / "output/unfinished")
+    assert run(*options, cwd=tmp_path).returncode == 0
+    after = {name: (tmp_path / "output" / name).read_bytes() for name in OUTPUTS}
+    assert all(before[name] != after[name] for name in OUTPUTS)
+
+
+# Runs the script with an os.replace that fails at the second checkpoint, as on a full disk.
+FULL_DISK = """
+import errno, os, runpy, sys
+replace, checkpoints = os.replace, []
+def full(source, target):
+    if str(target).endswith("checkpoint.keras"):
+        checkpoints.append(target)
+        if len(checkpoints) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+    replace(source, target)
+os.replace = full
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_full_disk_gives_one_line_and_the_run_can_go_on(small_dataset, whole_run, tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, SCRIPT, "--data-dir", small_dataset, *RUN],
+        cwd=tmp_path, text=True, capture_output=True, timeout=280)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1, process.stderr
+    for words in ("checkpoint.keras", "No space left on device", "kept", "--resume"):
+        assert words in process.stderr
+    process = run("--resume", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_output_folder_that_vanishes_during_training(small_dataset, tmp_path):
+    process = start("--data-dir", small_dataset, *RUN, cwd=tmp_path)
+    wait_for_epoch(process, tmp_path)
+    (tmp_path / "output").rename(tmp_path / "elsewhere")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors.count("\n") == 1 and "output/unfinished" in errors
+
+
+def test_loss_that_is_not_finite_ends_the_run(small_dataset, whole_run, tmp_path):
+    shutil.copytree(whole_run / "output", tmp_path / "output")
+    process = run("--data-dir", small_dataset, *RUN, "--learning-rate", "1e30", cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert "NaN or Inf loss" in process.stderr and "--learning-rate" in process.stderr
+    assert {path.name for path in (tmp_path / "output").iterdir()} == OUTPUTS
+    assert read_history(tmp_path / "output") == read_history(whole_run / "output")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.keras", "settings.json"])
+def test_damaged_state_gives_one_line(small_dataset, tmp_path, name):
+    unfinished = tmp_path / "output/unfinished"
+    unfinished.mkdir(parents=True)
+    settings = {"data_dir": str(small_dataset), "demo": False, "epochs": 3, "batch_size": 8,
+                "learning_rate": 0.001, "precision": "float32", "seed": 0}
+    (unfinished / "settings.json").write_text(json.dumps(settings))
+    for file in "checkpoint.keras", "history.csv":
+        (unfinished / file).write_text("epoch,loss\n1,2\n")
+    (unfinished / name).write_text("no such thing")
+    process = run("--resume", cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert name in process.stderr and "damaged" in process.stderr
+
+
+# --- Images that are not plain ----------------------------------------------------
+
+
+def encode(image, kind, **options):
+    """Return the bytes of `image` as a file of the given kind."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_unusual_images_are_read_as_a_person_sees_them():
+    grey = Image.new("L", (48, 48), 90)
+    deep = Image.fromarray(np.full((48, 48), 90 * 256, "uint16"))
+    animation = {"save_all": True, "append_images": [Image.new("L", (48, 48), 200)]}
+    for name, contents in {
+            "CMYK": encode(grey.convert("CMYK"), "JPEG", quality=100),
+            "16 bits": encode(deep, "PNG"), "16 bits TIFF": encode(deep, "TIFF"),
+            "with transparency": encode(grey.convert("LA"), "PNG"),
+            "animated, the first frame": encode(grey, "GIF", **animation)}.items():
+        pixels = script.decode_image(contents)
+        assert pixels.shape == (48, 48) and pixels.dtype == "uint8", name
+        assert np.abs(pixels.astype(int) - 90).max() <= 2, name
+
+
+def test_names_that_are_not_utf_8(small_dataset, tmp_path):
+    data = tmp_path / os.fsdecode(b"da\xffta")
+    try:
+        shutil.copytree(small_dataset, data)
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    (data / "train/sad/Training_0.png").rename(data / os.fsdecode(b"train/sad/Training_\xff.png"))
+    options = "--data-dir", data, "--epochs", 1
+    process = run(*options, cwd=tmp_path)
+    assert process.returncode == 0 and "42 training" in process.stdout, process.stderr
+    (data / os.fsdecode(b"train/sad/Training_\xff.png")).write_bytes(b"")
+    process = run(*options, cwd=tmp_path)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert "Training_" in process.stderr
+
+
+def test_one_image_of_each_emotion_is_enough(tmp_path):
+    make_dataset(tmp_path / "data", 1, 1, 1)
+    process = run("--epochs", 1, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "7 training, 7 validation and 7 test images" in process.stdout
 
 
 # --- README -----------------------------------------------------------------------
