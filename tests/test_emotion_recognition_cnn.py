@@ -752,8 +752,9 @@ def test_damaged_state_gives_one_line(small_dataset, tmp_path, name):
     settings = {"data_dir": str(small_dataset), "demo": False, "epochs": 3, "batch_size": 8,
                 "learning_rate": 0.001, "precision": "float32", "seed": 0}
     (unfinished / "settings.json").write_text(json.dumps(settings))
-    for file in "checkpoint.keras", "history.csv":
-        (unfinished / file).write_text("epoch,loss\n1,2\n")
+    (unfinished / "history.csv").write_text(
+        "epoch,accuracy,learning_rate,loss,seconds,val_accuracy,val_loss\n1,0.2,0.1,2,1,0.2,2\n")
+    (unfinished / "checkpoint.keras").write_text("no archive")
     (unfinished / name).write_text("no such thing")
     process = run("--resume", cwd=tmp_path)
     assert process.returncode == 2
