@@ -114,7 +114,7 @@ def test_only_training_images_are_augmented(small_dataset):
         assert labels.tolist() == [EMOTIONS.index(file.parent.name) for file in files]
     originals = [np.asarray(Image.open(file)) for file in small_dataset.glob("train/*/*.png")]
     first = training[0][0]
-    training.epoch += 1
+    training.start_epoch(1)
     second = training[0][0]
     assert first.dtype == "uint8" and first.shape == (42, 48, 48, 1)
     for image in first[..., 0]:
@@ -129,7 +129,7 @@ def test_batches_are_the_same_in_whatever_order_and_thread_they_are_made(small_d
         at_once = list(pool.map(training.__getitem__, reversed(range(len(training)))))[::-1]
     for (images, labels), (same_images, same_labels) in zip(one_by_one, at_once):
         assert np.array_equal(images, same_images) and np.array_equal(labels, same_labels)
-    training.epoch += 1
+    training.start_epoch(1)
     assert not np.array_equal(training[0][1], one_by_one[0][1])  # a new order
 
 
@@ -159,6 +159,18 @@ def test_without_kaggle_names_a_stratified_tenth_is_held_out(tmp_path, capsys):
     assert held_out[0] == held_out[1] != held_out[2]
     output = capsys.readouterr().out
     assert output.count("a tenth of train/ is held out for validation") == 3
+
+
+def test_an_emotion_with_one_image_is_trained_on_and_not_held_out(tmp_path):
+    make_dataset(tmp_path, 3, 1, 0)
+    for file in tmp_path.glob("test/*/*"):
+        file.rename(file.with_name("x.png"))
+    for number in 1, 2:
+        (tmp_path / f"train/disgust/Training_{number}.png").unlink()
+    training, (_, labels), _ = script.load_data(tmp_path, batch_size=8, seed=0)
+    disgust = EMOTIONS.index("disgust")
+    assert np.bincount(labels, minlength=7).tolist() == [1, 0, 1, 1, 1, 1, 1]
+    assert np.bincount(training.labels).tolist() == [2, 1, 2, 2, 2, 2, 2] and disgust == 1
 
 
 def test_clean_leaves_out_the_test_images_that_stand_in_train(tmp_path, capsys):
@@ -501,6 +513,9 @@ BAD_INPUTS = {
     "data folder missing": (["--data-dir", "nowhere"], None, ["nowhere", "--data-dir"]),
     "data folder is a file": (["--data-dir", "data/readme.txt"],
                               lambda data: (data / "readme.txt").write_text("x"), ["readme.txt"]),
+    "nothing to hold out": ([], lambda data: [
+        file.rename(file.with_name("x.png")) if "_0" in file.name else file.unlink()
+        for file in data.glob("*/*/*.png")], ["data/train", "too few"]),
     "no train": ([], lambda data: shutil.rmtree(data / "train"), ["data/train", "--data-dir"]),
     "no test": ([], lambda data: shutil.rmtree(data / "test"), ["data/test", "--data-dir"]),
     "emotion missing": ([], lambda data: shutil.rmtree(data / "test/fear"),
@@ -652,7 +667,7 @@ def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(small_dataset, whole_r
     unfinished = tmp_path / "output/unfinished"
     epochs = len(read_history(unfinished))
     assert errors.strip().count("\n") == 0 and "--resume" in errors
-    assert f"The first {epochs} epochs" in errors
+    assert f"the first {epochs} epochs" in errors
     for name in "accuracy.png", "loss.png":
         assert Image.open(unfinished / name).size[0] >= 800
 
@@ -677,7 +692,7 @@ def test_ctrl_c_before_the_first_epoch_leaves_nothing(small_dataset, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == "interrupted, nothing was trained yet"
+    assert errors.strip() == "interrupted; nothing was trained yet"
     assert not (tmp_path / "output/unfinished").exists()
 
 
@@ -745,8 +760,16 @@ def test_loss_that_is_not_finite_ends_the_run(small_dataset, whole_run, tmp_path
     assert read_history(tmp_path / "output") == read_history(whole_run / "output")
 
 
-@pytest.mark.parametrize("name", ["checkpoint.keras", "settings.json"])
-def test_damaged_state_gives_one_line(small_dataset, tmp_path, name):
+def foreign_model(path):
+    """Save a network that is not the script's."""
+    keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save(path)
+
+
+@pytest.mark.parametrize(("name", "damage"), [
+    ("checkpoint.keras", lambda path: path.write_text("no archive")),
+    ("checkpoint.keras", foreign_model),
+    ("settings.json", lambda path: path.write_text("{"))])
+def test_damaged_or_foreign_state_gives_one_line(small_dataset, tmp_path, name, damage):
     unfinished = tmp_path / "output/unfinished"
     unfinished.mkdir(parents=True)
     settings = {"data_dir": str(small_dataset), "demo": False, "epochs": 3, "batch_size": 8,
@@ -755,10 +778,10 @@ def test_damaged_state_gives_one_line(small_dataset, tmp_path, name):
     (unfinished / "history.csv").write_text(
         "epoch,accuracy,learning_rate,loss,seconds,val_accuracy,val_loss\n1,0.2,0.1,2,1,0.2,2\n")
     (unfinished / "checkpoint.keras").write_text("no archive")
-    (unfinished / name).write_text("no such thing")
+    damage(unfinished / name)
     process = run("--resume", cwd=tmp_path)
     assert process.returncode == 2
-    assert process.stderr.count("\n") == 1
+    assert process.stderr.count("\n") == 1, process.stderr
     assert name in process.stderr and "damaged" in process.stderr
 
 
@@ -772,18 +795,23 @@ def encode(image, kind, **options):
     return buffer.getvalue()
 
 
-def test_unusual_images_are_read_as_a_person_sees_them():
+def test_unusual_images_are_read_as_a_person_sees_them(tmp_path):
     grey = Image.new("L", (48, 48), 90)
     deep = Image.fromarray(np.full((48, 48), 90 * 256, "uint16"))
     animation = {"save_all": True, "append_images": [Image.new("L", (48, 48), 200)]}
     for name, contents in {
-            "CMYK": encode(grey.convert("CMYK"), "JPEG", quality=100),
-            "16 bits": encode(deep, "PNG"), "16 bits TIFF": encode(deep, "TIFF"),
-            "with transparency": encode(grey.convert("LA"), "PNG"),
-            "animated, the first frame": encode(grey, "GIF", **animation)}.items():
+            "CMYK.jpg": encode(grey.convert("CMYK"), "JPEG", quality=100),
+            "16 bits.png": encode(deep, "PNG"), "16 bits.tif": encode(deep, "TIFF"),
+            "transparency.png": encode(grey.convert("LA"), "PNG"),
+            "the first frame of an animation.gif": encode(grey, "GIF", **animation)}.items():
         pixels = script.decode_image(contents)
         assert pixels.shape == (48, 48) and pixels.dtype == "uint8", name
         assert np.abs(pixels.astype(int) - 90).max() <= 2, name
+        make_dataset(tmp_path, 1, 1, 1)
+        (tmp_path / "train/sad" / name).write_bytes(contents)
+    process = run("--data-dir", tmp_path, "--epochs", 1, cwd=tmp_path)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert "12 training, 7 validation and 7 test images" in process.stdout
 
 
 def test_names_that_are_not_utf_8(small_dataset, tmp_path):
