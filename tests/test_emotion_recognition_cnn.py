@@ -609,7 +609,9 @@ def start(*arguments, cwd):
     """Start the script and return the running process."""
     return subprocess.Popen(
         [sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Ctrl-C works in it also where the tests run in the background, which ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for_epoch(process, folder):
