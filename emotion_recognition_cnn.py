@@ -31,7 +31,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -64,9 +64,14 @@ class InputError(Exception):
     """A mistake in options or data; its one line names it and says what to do."""
 
 
+def complain(problem):
+    """Print one line on stderr."""
+    print(" ".join(str(problem).split()), file=sys.stderr)
+
+
 def fail(error):
     """Print one line on stderr and exit with status 2."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    complain(f"error: {error}")
     sys.exit(2)
 
 
@@ -109,12 +114,27 @@ def parse_options():
                           help="number format (default: what is fastest here, %(default)s)")
     training.add_argument("--seed", type=int, default=0, metavar="N",
                           help="seeds Python, NumPy and TensorFlow (default: %(default)s)")
+    prediction = parser.add_argument_group("prediction, with the trained network in --output-dir")
+    prediction.add_argument("--predict", nargs="+", type=Path, metavar="PHOTO",
+                            help="classify the faces in these photos, or folders of photos")
+    prediction.add_argument("--no-detect", action="store_true",
+                            help="take every photo as one face: look for none, crop nothing")
+    prediction.add_argument("--json", action="store_true",
+                            help="print one JSON object per face and nothing else")
     parser.add_argument("--output-dir", type=Path, default=Path("output"), metavar="DIR",
                         help="where plots, model and figures go (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the interrupted run in --output-dir, with its settings")
     options = parser.parse_args()
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    of_prediction = {"predict", "no_detect", "json"}
+    wrong = given - of_prediction - {"output_dir"} if options.predict else given & of_prediction
+    if wrong:
+        parser.error(f"--{min(wrong).replace('_', '-')} is of no use "
+                     f"{'with' if options.predict else 'without'} --predict")
     run_dir = options.output_dir / "unfinished"
+    if options.predict:
+        return options, run_dir
     interrupted = (run_dir / CHECKPOINT).exists()
     if options.resume and not interrupted:
         parser.error(f"--resume: there is no interrupted run in {options.output_dir}")
@@ -144,7 +164,7 @@ def parse_options():
         run_dir.mkdir(parents=True, exist_ok=True)
         if not options.resume:
             settings = {name: value for name, value in vars(options).items()
-                        if name not in ("output_dir", "resume")}
+                        if name not in of_prediction | {"output_dir", "resume"}}
             (run_dir / SETTINGS).write_text(json.dumps(settings))
     except OSError as error:
         parser.error(f"--output-dir {options.output_dir} cannot be written: {error.strerror}")
@@ -235,12 +255,18 @@ def download_faces():
         ) from error
 
 
-def decode_image(contents):
-    """Decode the contents of an image file into 48x48 grey pixels (uint8)."""
-    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-        image = Image.open(io.BytesIO(contents))
+def open_image(contents):
+    """Open the contents of an image file as a person sees it: upright, 8 bits, grey or RGB."""
+    with warnings.catch_warnings(action="ignore"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(contents)))
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-        image = image.point(lambda value: value / 256)
+        image = image.point(lambda value: value / 256).convert("L")
+    return image if image.mode == "L" else image.convert("RGB")
+
+
+def face_pixels(image):
+    """Return an image of a face as the network sees it: 48x48 grey pixels (uint8)."""
     return np.asarray(image.convert("L").resize(IMAGE_SIZE, Image.Resampling.BILINEAR))
 
 
@@ -271,7 +297,7 @@ def read_images(folder):
         for path in paths:
             try:
                 contents.append(path.read_bytes())
-                images.append(decode_image(contents[-1]))
+                images.append(face_pixels(open_image(contents[-1])))
             except Exception as error:  # Pillow raises many kinds on a broken file
                 raise InputError(f"{path} is empty, damaged or no image ({type(error).__name__}): "
                                  "replace or delete it") from error
@@ -478,16 +504,24 @@ def train_model(model, training, validation, epochs, learning_rate, run_dir):
     return read_history(log)
 
 
+def classify_views(model, images):
+    """Return the probabilities (2 x n x 7) of images as they are and of their mirror images."""
+    return np.stack([model.predict(view, batch_size=256, verbose=0)
+                     for view in (images, images[:, :, ::-1])])
+
+
 def evaluate_model(model, images, labels, clean):
     """Evaluate `model` once on the test images and print the figures.
 
-    Takes what `load_data` returns as test data.  Returns a dict: loss (mean cross-entropy,
-    nats), accuracy, balanced_accuracy (mean recall over the emotions), clean_accuracy (over the
-    images that do not also stand in train/) and clean_images (how many those are), emotions
-    (per emotion precision, recall, f1 and count) and confusion_matrix (counts; rows: labels,
-    columns: predictions).  Fractions lie between 0 and 1.
+    Takes what `load_data` returns as test data.  Returns a dict: single_image_accuracy, and, from
+    probabilities averaged over each image and its mirror image, loss (mean cross-entropy, nats),
+    accuracy, balanced_accuracy (mean recall over the emotions), clean_accuracy (over the images
+    that do not also stand in train/) and clean_images (how many those are), emotions (per emotion
+    precision, recall, f1 and count) and confusion_matrix (counts; rows: labels, columns:
+    predictions).  Fractions lie between 0 and 1.
     """
-    probabilities = model.predict(images, batch_size=256, verbose=0)
+    views = classify_views(model, images)
+    probabilities = views.mean(axis=0)
     predictions = probabilities.argmax(axis=1)
     correct = predictions == labels
     confusion = tf.math.confusion_matrix(labels, predictions, len(EMOTIONS)).numpy()
@@ -497,6 +531,7 @@ def evaluate_model(model, images, labels, clean):
     f1 = 2 * hits / np.maximum(count + predicted, 1)
     figures = {
         "loss": float(np.mean(keras.losses.sparse_categorical_crossentropy(labels, probabilities))),
+        "single_image_accuracy": float((views[0].argmax(axis=1) == labels).mean()),
         "accuracy": float(correct.mean()),
         "balanced_accuracy": float(recall[count > 0].mean()),
         "clean_accuracy": float(correct[clean].mean()) if clean.any() else None,
@@ -507,12 +542,15 @@ def evaluate_model(model, images, labels, clean):
             for i, emotion in enumerate(EMOTIONS)},
         "confusion_matrix": confusion.tolist(),
     }
-    print(f"\nTest, {len(labels):,} images\n  loss               {figures['loss']:.4f}\n"
-          f"  accuracy           {figures['accuracy']:.2%}\n"
-          f"  balanced accuracy  {figures['balanced_accuracy']:.2%}")
+    print(f"\nTest, {len(labels):,} images\n"
+          f"  single-image accuracy  {figures['single_image_accuracy']:.2%}\n"
+          "averaged over each image and its mirror image\n"
+          f"  accuracy               {figures['accuracy']:.2%}\n"
+          f"  balanced accuracy      {figures['balanced_accuracy']:.2%}")
     if clean.any():
-        print(f"  clean accuracy     {figures['clean_accuracy']:.2%}  "
+        print(f"  clean accuracy         {figures['clean_accuracy']:.2%}  "
               f"({clean.sum():,} images that do not also stand in train/)")
+    print(f"  loss                   {figures['loss']:.4f}")
     print("\n  emotion    precision   recall       F1   images")
     for emotion, figure in figures["emotions"].items():
         print("  {:9}{precision:11.1%}{recall:9.1%}{f1:9.1%}{count:9,}".format(emotion, **figure))
@@ -593,6 +631,140 @@ def publish(run_dir, output_dir):
     print(f"\nSaved in {output_dir}: {', '.join(names)}")
 
 
+def find_faces(photo, detector):
+    """Find the faces in a photo (PIL image) and frame them as FER-2013 frames its faces.
+
+    Returns boxes (left, top, right, bottom; pixels) from left to right, which may reach beyond
+    the photo.  For a photo that is a crop of one face already, the box is the whole photo.
+    Detector: MTCNN, Zhang et al. (2016), arXiv:1604.02878.
+    """
+    whole = 0, 0, *photo.size
+    if max(photo.size) <= 64:  # little more than the network's input, and too little to detect in
+        return [whole]
+    small = ImageOps.contain(photo, (1280, 1280)) if max(photo.size) > 1280 else photo
+    scale = photo.width / small.width
+    boxes = []
+    for face in detector.detect_faces(np.asarray(small.convert("RGB")), fit_to_image=False,
+                                      threshold_onet=0.95):  # at 0.8 it sees faces in curtains
+        left, top, width, height = (scale * float(pixels) for pixels in face["box"])
+        # The median of 568 images of train/ is the square around the middle of MTCNN's box that
+        # is 1.25 times as wide as the box.
+        x, y, reach = left + width / 2, top + height / 2, 1.25 * width / 2
+        boxes.append((round(x - reach), round(y - reach), round(x + reach), round(y + reach)))
+    filled = len(boxes) == 1 and boxes[0][2] - boxes[0][0] > max(photo.size) * 2 / 3
+    return [whole] if filled and max(photo.size) <= 400 else sorted(boxes)
+
+
+def crop_face(photo, box):
+    """Cut a box out of a photo, in grey; where it reaches beyond, the photo's edge is repeated."""
+    left, top, right, bottom = box
+    rows = np.arange(top, bottom).clip(0, photo.height - 1)
+    columns = np.arange(left, right).clip(0, photo.width - 1)
+    return Image.fromarray(np.asarray(photo.convert("L"))[np.ix_(rows, columns)])
+
+
+def draw_predictions(photo, boxes, probabilities):
+    """Return a picture of a photo with a box and the emotion on each face, and bars beside it.
+
+    `boxes` (left, top, right, bottom; pixels) and `probabilities` (n x 7) have a row per face.
+    """
+    photo, font = photo.copy(), ImageFont.load_default(16)
+    titles = [f"{n} {EMOTIONS[shares.argmax()]}" for n, shares in enumerate(probabilities, 1)]
+    draw = ImageDraw.Draw(photo)
+    for box, title in zip(boxes, titles):
+        if max(box[:2]) > 0:  # not a photo that is all face
+            label = (max(0, min(box[0], photo.width - font.getlength(title))), max(0, box[1] - 20))
+            draw.rectangle(box, outline="#56B4E9", width=3)
+            draw.rectangle(draw.textbbox(label, title, font), fill="#56B4E9")
+            draw.text(label, title, "black", font)
+    rows = max(1, photo.height // 180)  # of bar charts
+    width = photo.width + 260 * math.ceil(len(boxes) / rows)
+    picture = Image.new("RGB", (width, max(photo.height, 180)), "white")
+    picture.paste(photo)
+    draw = ImageDraw.Draw(picture)
+    for number, (title, shares) in enumerate(zip(titles, probabilities)):
+        left, top = photo.width + 10 + 260 * (number // rows), 180 * (number % rows)
+        draw.text((left, top + 4), title, "black", font)
+        for index, share in enumerate(shares):
+            y, end = top + 28 + 21 * index, left + 80 + 110 * float(share)
+            draw.text((left, y), EMOTIONS[index], "black", font)
+            draw.rectangle((left + 80, y + 2, end, y + 16),
+                           fill="#D55E00" if index == shares.argmax() else "#0072B2")
+            draw.text((end + 8, y), f"{share:.0%}", "black", font)
+    return picture
+
+
+def predict_emotions(paths, output_dir, detect, as_json):
+    """Classify the faces in photos, and in folders of photos, with the network in `output_dir`.
+
+    Prints a row, or a JSON object, per face and draws a picture per photo into predictions/
+    there.  A photo that cannot be read gets a line on stderr, and the others are gone on with.
+    Returns whether all could be read.  Raises InputError where there is no trained network,
+    OSError where a picture cannot be written.
+    """
+    if not (output_dir / MODEL).exists():
+        raise InputError(f"there is no {output_dir / MODEL}: train a network first, or name the "
+                         "folder of a trained one with --output-dir")
+    try:
+        model = keras.models.load_model(output_dir / MODEL)
+        classify_views(model, np.zeros((1, *IMAGE_SIZE, 1)))
+    except Exception as error:  # of zipfile, h5py or Keras
+        raise InputError(f"{output_dir / MODEL} is damaged or no network of this script") from error
+    detector = None
+    if detect:
+        from mtcnn import MTCNN  # here: training does without it
+
+        detector = MTCNN()
+    photos = []
+    for path in paths:
+        found = path.rglob("*") if path.is_dir() else ()
+        photos += sorted(file for file in found if file.suffix.lower() in IMAGE_ENDINGS) or [path]
+    width = max(len(str(path)) for path in photos)
+    if not as_json:
+        print(f"{'file':{width}}  face  emotion   confidence", *(f"{e:>9}" for e in EMOTIONS))
+    (output_dir / "predictions").mkdir(exist_ok=True)
+    taken, all_read = {path.resolve() for path in photos}, True
+    for first in range(0, len(photos), 100):  # of so many at once, to bound memory
+        batch, crops = [], []
+        for path in photos[first:first + 100]:
+            try:
+                photo = open_image(path.read_bytes())
+                boxes = find_faces(photo, detector) if detect else [(0, 0, *photo.size)]
+                crops += [face_pixels(crop_face(photo, box)) for box in boxes]
+            except Exception as error:  # as in read_images
+                complain(f"error: {path} is missing, damaged or no image ({type(error).__name__})")
+                all_read = False
+                continue
+            if not boxes:
+                complain(f"{path}: no face found; --no-detect classifies it whole")
+            scene = ImageOps.contain(photo.convert("RGB"), (1280, min(max(photo.height, 180), 720)))
+            batch.append((path, boxes, scene, scene.width / photo.width))
+        views = classify_views(model, np.reshape(crops, (-1, *IMAGE_SIZE, 1))) if crops else []
+        results = iter(np.mean(views, axis=0) if crops else ())
+        for path, boxes, scene, scale in batch:
+            picture = output_dir / "predictions" / f"{path.stem}.jpg"
+            while picture.resolve() in taken:  # by another of that name, or a photo to classify
+                picture = picture.with_stem(picture.stem + "_")
+            taken.add(picture.resolve())
+            probabilities = [next(results) for _ in boxes]
+            scaled = [tuple(scale * pixels for pixels in box) for box in boxes]
+            draw_predictions(scene, scaled, probabilities).save(picture, quality=90)
+            for number, (box, shares) in enumerate(zip(boxes, probabilities), 1):
+                emotion, confidence = EMOTIONS[shares.argmax()], float(shares.max())
+                if as_json:
+                    print(json.dumps({
+                        "file": str(path), "face": number, "box": box, "emotion": emotion,
+                        "confidence": confidence,
+                        "probabilities": dict(zip(EMOTIONS, map(float, shares))),
+                        "picture": str(picture)}))
+                else:
+                    print(f"{str(path):{width}}{number:6}  {emotion:9}{confidence:11.1%}",
+                          *(f"{share:9.1%}" for share in shares))
+    if not as_json:
+        print(f"\nPictures saved in {output_dir / 'predictions'}")
+    return all_read
+
+
 def stop(error, run_dir):
     """End the program with one line on what went wrong and what is kept of the training."""
     kept = "; nothing was trained yet"
@@ -617,6 +789,14 @@ if __name__ == "__main__":
     start = time.perf_counter()
     sys.stdout.reconfigure(errors="backslashreplace")  # no path and no bar fails to be printed
     options, run_dir = parse_options()
+    if options.predict:
+        try:
+            sys.exit(0 if predict_emotions(options.predict, options.output_dir,
+                                           not options.no_detect, options.json) else 2)
+        except (InputError, OSError) as error:
+            fail(error)
+        except KeyboardInterrupt:
+            sys.exit(130)
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(options.precision)
     print(f"{processor_name()}, {options.precision}")

@@ -17,6 +17,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,13 +261,21 @@ def test_saved_model_predicts_in_float32(small_dataset, tmp_path, capfd, precisi
 
 
 class Oracle:
-    """Stands in for a network: gives the probabilities it was made with."""
+    """Stands in for a network: gives the probabilities it was made with.
 
-    def __init__(self, probabilities):
+    For images that are mirrored, so that the bright side is the right one, it gives others.
+    """
+
+    def __init__(self, probabilities, mirrored=None):
         self.probabilities = np.array(probabilities)
+        self.mirrored = self.probabilities if mirrored is None else np.array(mirrored)
+        self.images = np.zeros((len(self.probabilities), 48, 48, 1), "uint8")
+        self.images[:, :, :24] = 255
 
     def predict(self, images, **_):
-        return self.probabilities
+        assert np.array_equal(images, self.images) or np.array_equal(images[:, :, ::-1],
+                                                                     self.images)
+        return self.probabilities if images[0, 0, 0, 0] else self.mirrored
 
 
 def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
@@ -275,8 +284,9 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
     probabilities = np.full((6, 7), 0.05)
     probabilities[range(6), predictions] = 0.7
     clean = np.array([True, True, True, False, False, True])
-    figures = script.evaluate_model(Oracle(probabilities), np.zeros((6, 48, 48, 1)), labels, clean)
-    assert figures["accuracy"] == pytest.approx(4 / 6)
+    oracle = Oracle(probabilities)
+    figures = script.evaluate_model(oracle, oracle.images, labels, clean)
+    assert figures["accuracy"] == figures["single_image_accuracy"] == pytest.approx(4 / 6)
     assert figures["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert figures["clean_accuracy"] == pytest.approx(3 / 4) and figures["clean_images"] == 4
     assert figures["loss"] == pytest.approx(-(4 * np.log(0.7) + 2 * np.log(0.05)) / 6)
@@ -289,14 +299,26 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
     expected[0, [0, 3]], expected[3, [3, 5]] = (3, 1), (1, 1)
     assert np.array_equal(figures["confusion_matrix"], expected)
     output = capsys.readouterr().out
-    for words in ("accuracy           66.67%", "balanced accuracy  62.50%",
-                  "clean accuracy     75.00%", "angry         100.0%    75.0%    85.7%        4"):
+    for words in ("accuracy               66.67%", "balanced accuracy      62.50%",
+                  "clean accuracy         75.00%", "single-image accuracy  66.67%",
+                  "angry         100.0%    75.0%    85.7%        4"):
         assert words in output
 
 
+def test_evaluate_model_averages_over_image_and_mirror_image():
+    """The first image alone is taken for disgust; with its mirror image, for angry."""
+    single = np.array([[0.4, 0.6, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
+    mirrored = np.array([[0.7, 0.3, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
+    oracle = Oracle(single, mirrored)
+    figures = script.evaluate_model(oracle, oracle.images, np.zeros(2, int), np.ones(2, bool))
+    assert figures["single_image_accuracy"] == 0.5
+    assert figures["accuracy"] == figures["clean_accuracy"] == figures["balanced_accuracy"] == 1
+    assert figures["loss"] == pytest.approx(-(np.log(0.55) + np.log(0.9)) / 2, rel=1e-5)
+
+
 def test_evaluate_model_where_every_test_image_stands_in_train():
-    figures = script.evaluate_model(Oracle(np.eye(7)), np.zeros((7, 48, 48, 1)), np.arange(7),
-                                    np.zeros(7, bool))
+    oracle = Oracle(np.eye(7))
+    figures = script.evaluate_model(oracle, oracle.images, np.arange(7), np.zeros(7, bool))
     assert figures["accuracy"] == 1 and figures["loss"] == pytest.approx(0, abs=1e-5)
     assert figures["clean_accuracy"] is None and figures["clean_images"] == 0
 
@@ -421,7 +443,7 @@ def test_saved_model_alone_gives_the_accuracy_of_the_best_epoch(demo, tmp_path):
     script.draw_faces(tmp_path, seed=0)
     _, validation, test = script.load_data(tmp_path, batch_size=64, seed=0)
     for (images, labels), accuracy in ((validation, metrics["validation"]["accuracy"]),
-                                       (test[:2], metrics["test"]["accuracy"])):
+                                       (test[:2], metrics["test"]["single_image_accuracy"])):
         predictions = model.predict(images, verbose=0).argmax(axis=1)
         assert np.mean(predictions == labels) == pytest.approx(accuracy)
 
@@ -534,6 +556,13 @@ BAD_INPUTS = {
                                  ["data/test/sad/x.jpg", "no image"]),
     "decompression bomb": ([], lambda data: Image.new("1", (20000, 20000)).save(
         data / "train/fear/bomb.png"), ["data/train/fear/bomb.png", "DecompressionBomb"]),
+    "nothing to predict with": (["--predict", "data/x.png"], None, ["emotion_recognition_cnn.keras",
+                                                                   "train", "--output-dir"]),
+    "predict nothing": (["--predict"], None, ["--predict"]),
+    "predict and train": (["--predict", "x.png", "--epochs", 3], None, ["--epochs", "--predict"]),
+    "predict and resume": (["--predict", "x.png", "--resume"], None, ["--resume", "--predict"]),
+    "JSON of nothing": (["--json"], None, ["--json", "--predict"]),
+    "nothing not to detect": (["--no-detect"], None, ["--no-detect", "--predict"]),
     "nothing to resume": (["--resume"], None, ["--resume", "no interrupted run", "output"]),
     "output is a file": (["--output-dir", "data/readme.txt"],
                          lambda data: (data / "readme.txt").write_text("x"),
@@ -807,7 +836,7 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path):
             "16 bits.png": encode(deep, "PNG"), "16 bits.tif": encode(deep, "TIFF"),
             "transparency.png": encode(grey.convert("LA"), "PNG"),
             "the first frame of an animation.gif": encode(grey, "GIF", **animation)}.items():
-        pixels = script.decode_image(contents)
+        pixels = script.face_pixels(script.open_image(contents))
         assert pixels.shape == (48, 48) and pixels.dtype == "uint8", name
         assert np.abs(pixels.astype(int) - 90).max() <= 2, name
         make_dataset(tmp_path, 1, 1, 1)
@@ -838,6 +867,200 @@ def test_one_image_of_each_emotion_is_enough(tmp_path):
     process = run("--epochs", 1, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "7 training, 7 validation and 7 test images" in process.stdout
+
+
+# --- Prediction -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def astronaut():
+    """Return a photo (PIL image, 512x512) of a woman whose face is about (182, 64, 265, 171)."""
+    return Image.fromarray(skimage.data.astronaut())
+
+
+@pytest.fixture
+def trained(demo, tmp_path_factory):
+    """Return an output folder with nothing but a trained network."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copy(demo[0] / "output" / script.MODEL, folder)
+    return folder
+
+
+class Detector:
+    """Stands in for MTCNN: finds faces in the boxes it was made with, whatever the photo."""
+
+    def __init__(self, *boxes):
+        self.boxes = boxes
+
+    def detect_faces(self, pixels, **_):
+        self.shape = pixels.shape
+        return [{"box": box, "confidence": 1.0} for box in self.boxes]
+
+
+def predict(paths, output_dir, capsys, detect=True):
+    """Classify photos; return whether all could be read, the faces as dicts, and stderr."""
+    capsys.readouterr()
+    all_read = script.predict_emotions(paths, output_dir, detect, True)
+    printed = capsys.readouterr()
+    return all_read, [json.loads(line) for line in printed.out.splitlines()], printed.err
+
+
+def test_predictions_are_those_of_the_evaluation(demo, trained, tmp_path):
+    """The test images, predicted from the command line, give the accuracy of metrics.json."""
+    script.draw_faces(tmp_path / "data", 0)  # those that the demo drew
+    # A package that cannot be imported stands in the way of MTCNN's: --no-detect needs none.
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages/mtcnn.py").write_text("raise SystemExit('imported')")
+    paths = sorted((tmp_path / "data/test").glob("*/PrivateTest_*"))
+    process = run("--predict", *paths, "--no-detect", "--json", "--output-dir", trained,
+                  cwd=tmp_path, PYTHONPATH=str(tmp_path / "packages"))
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    faces = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [face["file"] for face in faces] == list(map(str, paths))
+    correct = [face["emotion"] == path.parent.name for face, path in zip(faces, paths)]
+    metrics = json.loads((demo[0] / "output/metrics.json").read_text())["test"]
+    assert np.mean(correct) == metrics["accuracy"]
+
+    _, _, (images, labels, clean) = script.load_data(tmp_path / "data", 64, 0)
+    model = keras.models.load_model(trained / script.MODEL)
+    probabilities = script.classify_views(model, images).mean(axis=0)
+    predicted = np.array([list(face["probabilities"].values()) for face in faces])
+    assert np.abs(predicted - probabilities).max() <= 1e-5
+    assert [EMOTIONS[i] for i in probabilities.argmax(1)] == [face["emotion"] for face in faces]
+    assert np.allclose(predicted.max(1), [face["confidence"] for face in faces])
+    assert list(faces[0]["probabilities"]) == EMOTIONS and faces[0]["face"] == 1
+
+
+def test_photos_from_the_command_line(trained, astronaut, tmp_path):
+    """A table, a picture per photo and folder, and one bad photo that does not stop the others."""
+    shutil.copytree(trained, tmp_path / "output")
+    (tmp_path / "album/deep").mkdir(parents=True)
+    pair = Image.new("RGB", (700, 300), "grey")
+    pair.paste(astronaut.crop((100, 0, 350, 250)), (50, 25))
+    pair.paste(astronaut.crop((100, 0, 350, 250)).rotate(5), (400, 25))
+    pair.save(tmp_path / "album/pair.png")
+    (tmp_path / "album/list.txt").write_text("no photo")
+    script.draw_face("happy", np.random.default_rng(0)).save(tmp_path / "album/deep/pair.jpg")
+    Image.fromarray(skimage.data.brick()).save(tmp_path / "wall.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "album/pair.png").read_bytes()[:9000])
+    process = run("--predict", "cut.png", "album", "wall.png", "gone.png", cwd=tmp_path)
+    assert process.returncode == 2, process.stderr
+    rows = [line.split() for line in process.stdout.splitlines() if line]
+    assert rows[0] == ["file", "face", "emotion", "confidence", *EMOTIONS]
+    assert [row[:2] for row in rows[1:4]] == [
+        ["album/deep/pair.jpg", "1"], ["album/pair.png", "1"], ["album/pair.png", "2"]]
+    for row in rows[1:4]:
+        shares = [float(share.strip("%")) for share in row[4:]]
+        assert sum(shares) == pytest.approx(100, abs=0.5)
+        assert float(row[3].strip("%")) == max(shares)
+        assert row[2] == EMOTIONS[np.argmax(shares)]
+    assert rows[4:] == [["Pictures", "saved", "in", "output/predictions"]]
+    errors = process.stderr.splitlines()
+    assert len(errors) == 3
+    assert errors[0].startswith("error: cut.png ") and errors[2].startswith("error: gone.png ")
+    assert errors[1].startswith("wall.png: no face") and "--no-detect" in errors[1]
+    pictures = {file.name: Image.open(file).size
+                for file in (tmp_path / "output/predictions").iterdir()}
+    assert pictures == {"pair.jpg": (180 + 260, 180), "pair_.jpg": (700 + 2 * 260, 300),
+                        "wall.jpg": (512, 512)}
+
+
+def test_a_photo_is_read_as_a_person_sees_it(trained, astronaut, tmp_path, capsys):
+    photo = astronaut.crop((100, 0, 350, 250))
+    sideways = Image.Exif()
+    sideways[274] = 6  # turn by 90 degrees clockwise to look at it
+    grey = np.asarray(photo.convert("L")).astype("uint16") * 256
+    for name, image, options in [
+            ("upright.png", photo, {}), ("grey.png", photo.convert("L"), {}),
+            ("sideways.png", photo.transpose(Image.Transpose.ROTATE_90), {"exif": sideways}),
+            ("16 bits.png", Image.fromarray(grey), {}),
+            ("CMYK.jpg", photo.convert("CMYK"), {"quality": 100}),
+            ("palette.gif", photo.convert("P", palette=Image.Palette.ADAPTIVE), {})]:
+        image.save(tmp_path / name, **options)
+    all_read, faces, errors = predict([tmp_path], trained, capsys)
+    assert all_read and errors == "" and len(faces) == 6
+    upright = faces[-1]
+    assert upright["file"].endswith("upright.png")
+    for face in faces:
+        # The square around the face is 1.25 times as wide as MTCNN's box, 83 pixels.
+        assert np.abs(np.subtract(face["box"], (72, 66, 176, 170))).max() <= 12, face
+        assert np.abs(np.subtract(list(face["probabilities"].values()),
+                                  list(upright["probabilities"].values()))).max() < 0.2, face
+
+
+def test_what_already_is_a_face_is_classified_as_it_is(trained, astronaut, tmp_path, capsys):
+    crop = astronaut.crop((170, 64, 274, 168))
+    for size in 48, 64, 200:
+        crop.resize((size, size), Image.Resampling.LANCZOS).save(tmp_path / f"{size:03}.png")
+    _, faces, _ = predict([tmp_path], trained, capsys)
+    assert [face["box"] for face in faces] == [[0, 0, size, size] for size in (48, 64, 200)]
+    astronaut.save(tmp_path / "whole.png")
+    _, (face,), _ = predict([tmp_path / "whole.png"], trained, capsys)
+    assert 90 < face["box"][2] - face["box"][0] < 125
+    _, (face,), _ = predict([tmp_path / "whole.png"], trained, capsys, detect=False)
+    assert face["box"] == [0, 0, 512, 512]
+
+
+def test_faces_are_framed_as_those_of_the_dataset():
+    """A square around the middle of MTCNN's box, 1.25 times as wide; in a photo of any size."""
+    detector = Detector([60, 20, 40, 52], [10, 20, 40, 52])
+    boxes = script.find_faces(Image.new("L", (600, 100)), detector)
+    assert boxes == [(5, 21, 55, 71), (55, 21, 105, 71)]  # from left to right
+    assert detector.shape == (100, 600, 3)
+    boxes = script.find_faces(Image.new("RGB", (6400, 1000)), Detector([10, 20, 40, 52]))
+    assert boxes == [(25, 105, 275, 355)]  # the detector saw a fifth of it
+    filled = Detector([25, 10, 60, 80])
+    assert script.find_faces(Image.new("L", (100, 100)), filled) == [(0, 0, 100, 100)]
+    assert script.find_faces(Image.new("L", (130, 100)), filled) != [(0, 0, 130, 100)]
+    assert script.find_faces(Image.new("L", (100, 100)), Detector()) == []
+
+
+def test_a_crop_beyond_the_edge_repeats_the_edge():
+    photo = Image.fromarray(np.arange(12, dtype="uint8").reshape(3, 4))
+    assert np.array_equal(script.crop_face(photo, (1, 0, 3, 2)), [[1, 2], [5, 6]])
+    assert np.array_equal(script.crop_face(photo, (-2, 1, 1, 5)), [[4, 4, 4], *[[8, 8, 8]] * 3])
+
+
+def test_picture_shows_boxes_and_bars_as_long_as_the_probabilities():
+    shares = np.array([[0.5, 0, 0.3, 0, 0.2, 0, 0], [0, 0, 0, 1.0, 0, 0, 0]])
+    boxes = [(20, 40, 80, 100), (280, 40, 340, 100)]
+    picture = script.draw_predictions(Image.new("RGB", (300, 400), "white"), boxes, shares)
+    assert picture.size == (300 + 260, 400)
+    pixels = np.asarray(picture).astype(int)
+
+    def count(colour, left, top, right, bottom):
+        rgb = tuple(bytes.fromhex(colour))
+        return (pixels[top:bottom, left:right] == rgb).all(axis=2).sum(axis=1).max()
+
+    assert count("56B4E9", 0, 90, 300, 101) == 61 + 20  # one box whole, one cut off by the edge
+    assert count("56B4E9", 300, 0, 560, 400) == 0  # no label runs into the bars
+    for top, longest, others in (0, 0.5, 0.3), (180, 1, 0):
+        assert count("D55E00", 300, top, 560, top + 180) == pytest.approx(110 * longest, abs=2)
+        assert count("0072B2", 300, top, 560, top + 180) == pytest.approx(110 * others, abs=2)
+
+
+def test_pictures_never_overwrite_a_photo(trained, capsys):
+    photo = trained / "predictions/face.jpg"
+    photo.parent.mkdir()
+    script.draw_face("sad", np.random.default_rng(0)).save(photo)
+    before = photo.read_bytes()
+    all_read, (face,), _ = predict([photo], trained, capsys)
+    assert all_read and photo.read_bytes() == before
+    assert Path(face["picture"]) == photo.parent / "face_.jpg" and Path(face["picture"]).exists()
+
+
+@pytest.mark.parametrize("damage, words", [
+    (None, ["there is no", "train"]),
+    (lambda path: path.write_bytes(b"not a network"), ["damaged"]),
+    (lambda path: keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save(path),
+     ["no network of this script"])])
+def test_without_a_trained_network_there_is_one_line(tmp_path, damage, words):
+    if damage:
+        damage(tmp_path / script.MODEL)
+    with pytest.raises(script.InputError) as raised:
+        script.predict_emotions([tmp_path / "x.png"], tmp_path, True, False)
+    assert all(word in str(raised.value) for word in [*words, script.MODEL])
+    assert len(list(tmp_path.iterdir())) == bool(damage)
 
 
 # --- README -----------------------------------------------------------------------
