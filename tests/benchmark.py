@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-BATCH_SIZE, LEARNING_RATE = 64, 1e-3
+BATCH_SIZE, LEARNING_RATE, SMOOTHING = 128, 3e-3, 0.1
 WARM_UP = 10  # steps at the start of a round that are not counted
 
 
@@ -44,16 +44,18 @@ def keras_contender(name, data_dir):
     if name == "plain Keras":
         training = script.AugmentedBatches.augmentation.flow_from_directory(
             Path(data_dir, "train"), target_size=script.IMAGE_SIZE, color_mode="grayscale",
-            class_mode="sparse", batch_size=BATCH_SIZE)
+            class_mode="categorical", batch_size=BATCH_SIZE)
         data = {"x": training}
     else:
         keras.config.set_dtype_policy(script.fastest_precision())
         training, _, _ = script.load_data(Path(data_dir), BATCH_SIZE, 0)
         data = {"x": training}
         if name == "ceiling":
-            data = {"x": training.images, "y": training.labels, "batch_size": BATCH_SIZE}
+            data = {"x": training.images, "y": script.one_hot(training.labels),
+                    "batch_size": BATCH_SIZE}
     model = script.create_CNN()
-    model.compile(keras.optimizers.AdamW(LEARNING_RATE), "sparse_categorical_crossentropy",
+    model.compile(keras.optimizers.AdamW(LEARNING_RATE),
+                  keras.losses.CategoricalCrossentropy(label_smoothing=SMOOTHING),
                   metrics=["accuracy"])
 
     def train(steps):
@@ -73,14 +75,17 @@ def as_torch(model):
     modules, channels = [], 1
     for layer in model.layers:
         kind = type(layer).__name__
-        shape = layer.output.shape
+        size, shape = layer.input.shape[1], layer.output.shape
         if kind == "LayerNormalization":
             modules.append(nn.LayerNorm([1, *shape[1:3]], elementwise_affine=False))
         elif kind == "Conv2D":
             modules.append(nn.Conv2d(channels, layer.filters, layer.kernel_size, layer.strides,
                                      padding=layer.padding, bias=layer.use_bias))
         elif kind == "MaxPooling2D":
-            modules.append(nn.MaxPool2d(layer.pool_size, layer.strides))
+            # Of an odd border, Keras puts the larger part below and right; so does ceil_mode.
+            border = (shape[1] - 1) * layer.strides[0] + layer.pool_size[0] - size
+            modules.append(nn.MaxPool2d(layer.pool_size, layer.strides, max(border, 0) // 2,
+                                        ceil_mode=True))
         elif kind == "BatchNormalization":
             norm = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
             modules.append(norm(shape[-1], layer.epsilon, 1 - layer.momentum))
@@ -88,6 +93,8 @@ def as_torch(model):
             modules.append(nn.ReLU())
         elif kind == "Dropout":
             modules.append(nn.Dropout(layer.rate))
+        elif kind == "SpatialDropout2D":
+            modules.append(nn.Dropout2d(layer.rate))
         elif kind == "Flatten":
             modules.append(nn.Flatten())
         elif kind == "Dense":  # the softmax is part of PyTorch's cross-entropy
@@ -119,7 +126,8 @@ def torch_contender(name, data_dir):
         for chosen in torch.randperm(len(labels))[: steps * BATCH_SIZE].split(BATCH_SIZE):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                loss = torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
+                loss = torch.nn.functional.cross_entropy(
+                    model(images[chosen]), labels[chosen], label_smoothing=SMOOTHING)
             loss.backward()
             optimizer.step()
             times.append(time.time())
