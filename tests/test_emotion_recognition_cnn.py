@@ -275,9 +275,11 @@ class Oracle:
         self.images[:, :, :24] = 255
 
     def predict(self, images, **_):
-        assert np.array_equal(images, self.images) or np.array_equal(images[:, :, ::-1],
-                                                                     self.images)
-        return self.probabilities if images[0, 0, 0, 0] else self.mirrored
+        for image in images:
+            assert image.tolist() in (self.images[0].tolist(), self.images[0, :, ::-1].tolist())
+        is_mirrored = images[:, 0, 0, 0] == 0
+        return np.where(is_mirrored[:, np.newaxis], np.tile(self.mirrored, (2, 1)),
+                        np.tile(self.probabilities, (2, 1)))
 
 
 def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
