@@ -1036,7 +1036,7 @@ def test_a_crop_beyond_the_edge_repeats_the_edge():
 def test_picture_shows_boxes_and_bars_as_long_as_the_probabilities():
     shares = np.array([[0.5, 0, 0.3, 0, 0.2, 0, 0], [0, 0, 0, 1.0, 0, 0, 0]])
     boxes = [(20, 40, 80, 100), (280, 40, 340, 100)]
-    picture = script.draw_predictions(Image.new("RGB", (300, 400), "white"), boxes, shares)
+    picture = script.draw_predictions(Image.new("L", (300, 400), "white"), boxes, shares)
     assert picture.size == (300 + 260, 400)
     pixels = np.asarray(picture).astype(int)
 
