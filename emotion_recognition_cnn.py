@@ -116,7 +116,7 @@ def parse_options():
                           help="number format (default: what is fastest here, %(default)s)")
     training.add_argument("--seed", type=int, default=0, metavar="N",
                           help="seeds Python, NumPy and TensorFlow (default: %(default)s)")
-    prediction = parser.add_argument_group("prediction, with the trained network in --output-dir")
+    prediction = parser.add_argument_group("prediction with the trained network")
     prediction.add_argument("--predict", nargs="+", type=Path, metavar="PHOTO",
                             help="classify the faces in these photos, or folders of photos")
     prediction.add_argument("--no-detect", action="store_true",
