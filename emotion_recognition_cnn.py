@@ -272,6 +272,12 @@ def face_pixels(image):
     return np.asarray(image.convert("L").resize(IMAGE_SIZE, Image.Resampling.BILINEAR))
 
 
+def find_images(paths):
+    """Return, in order, those of `paths` that are images by their ending and not hidden."""
+    return sorted(path for path in paths
+                  if path.suffix.lower() in IMAGE_ENDINGS and path.name[0] != ".")
+
+
 def read_images(folder):
     """Read every image in the seven emotion folders of `folder`.
 
@@ -292,8 +298,7 @@ def read_images(folder):
                          f"the seven emotion folders ({', '.join(EMOTIONS)})")
     names, contents, images, labels = [], [], [], []
     for label, emotion in enumerate(EMOTIONS):
-        paths = sorted(path for path in (folder / emotion).iterdir()
-                       if path.suffix.lower() in IMAGE_ENDINGS and path.name[0] != ".")
+        paths = find_images((folder / emotion).iterdir())
         if not paths:
             raise InputError(f"{folder / emotion} holds no images ({' '.join(IMAGE_ENDINGS)})")
         for path in paths:
@@ -745,8 +750,7 @@ def predict_emotions(paths, output_dir, detect, as_json):
         detector = MTCNN()
     photos = []
     for path in paths:
-        found = path.rglob("*") if path.is_dir() else ()
-        photos += sorted(file for file in found if file.suffix.lower() in IMAGE_ENDINGS) or [path]
+        photos += find_images(path.rglob("*")) or [path]  # of no folder, rglob finds nothing
     width = max(len(str(path)) for path in photos)
     if not as_json:
         print(f"{'file':{width}}  face  emotion   confidence", *(f"{e:>9}" for e in EMOTIONS))

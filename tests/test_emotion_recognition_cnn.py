@@ -952,7 +952,8 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
     pair.paste(astronaut.crop((100, 0, 350, 250)), (50, 25))
     pair.paste(astronaut.crop((100, 0, 350, 250)).rotate(5), (400, 25))
     pair.save(tmp_path / "album/pair.png")
-    (tmp_path / "album/list.txt").write_text("no photo")
+    for no_photo in "list.txt", "._pair.png":
+        (tmp_path / "album" / no_photo).write_text("no photo")
     script.draw_face("happy", np.random.default_rng(0)).save(tmp_path / "album/deep/pair.jpg")
     Image.fromarray(skimage.data.brick()).save(tmp_path / "wall.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "album/pair.png").read_bytes()[:9000])
