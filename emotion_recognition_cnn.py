@@ -672,11 +672,11 @@ def find_faces(photo, detector):
 
 
 def crop_face(photo, box):
-    """Cut a box out of a photo, in grey; where it reaches beyond, the photo's edge is repeated."""
+    """Cut a box out of a photo; where it reaches beyond the photo, the edge is repeated."""
     left, top, right, bottom = box
     rows = np.arange(top, bottom).clip(0, photo.height - 1)
     columns = np.arange(left, right).clip(0, photo.width - 1)
-    return Image.fromarray(np.asarray(photo.convert("L"))[np.ix_(rows, columns)])
+    return Image.fromarray(np.asarray(photo)[np.ix_(rows, columns)])
 
 
 FONT = ImageFont.load_default(16)
@@ -772,8 +772,8 @@ def predict_emotions(paths, output_dir, detect, as_json):
                 complain(f"{path}: no face found; --no-detect classifies it whole")
             scene = ImageOps.contain(photo, (1280, min(max(photo.height, 180), 720)))
             batch.append((path, boxes, scene, scene.width / photo.width))
-        views = classify_views(model, np.reshape(crops, (-1, *IMAGE_SIZE, 1))) if crops else []
-        results = iter(np.mean(views, axis=0) if crops else ())
+        crops = np.reshape(crops, (-1, *IMAGE_SIZE, 1))
+        results = iter(classify_views(model, crops).mean(axis=0) if len(crops) else ())
         for path, boxes, scene, scale in batch:
             picture = output_dir / "predictions" / f"{path.stem}.jpg"
             while picture.resolve() in taken:  # by another of that name, or a photo to classify

@@ -1066,8 +1066,7 @@ def test_pictures_never_overwrite_a_photo(trained, capsys):
 @pytest.mark.parametrize("damage, words", [
     (None, ["there is no", "train"]),
     (lambda path: path.write_bytes(b"not a network"), ["damaged"]),
-    (lambda path: keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save(path),
-     ["no network of this script"])])
+    (foreign_model, ["no network of this script"])])
 def test_without_a_trained_network_there_is_one_line(tmp_path, damage, words):
     if damage:
         damage(tmp_path / script.MODEL)
