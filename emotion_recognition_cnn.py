@@ -6,7 +6,7 @@
 
 Two convolution blocks, flatten, two dense layers.  The network is trained on the competition's
 Training images, its best epoch is chosen on the PublicTest images, and the PrivateTest images are
-evaluated once, at the end: 66.7 % accuracy after 28 minutes on two cores of an AMD EPYC (seed 0).
+evaluated once, at the end: 68.2 % accuracy after 26 minutes on two cores of an AMD EPYC (seed 0).
 Plots, figures and the trained network are left in output/.
 
 FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arXiv:1307.0414.
@@ -106,7 +106,7 @@ def parse_options():
     data.add_argument("--demo", action="store_true", help="train on small drawn faces instead")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=int, metavar="N",
-                          help="passes over the training images (default: 70; demo: 8)")
+                          help="passes over the training images (default: 56; demo: 8)")
     training.add_argument("--batch-size", type=int, default=128, metavar="N",
                           help="images per step (default: %(default)s)")
     training.add_argument("--learning-rate", type=float, default=3e-3, metavar="X",
@@ -153,7 +153,7 @@ def parse_options():
             if getattr(options, name) != value:
                 parser.error(f"--{name.replace('_', '-')}: the run to resume has {value}")
     if options.epochs is None:
-        options.epochs = 8 if options.demo else 70
+        options.epochs = 8 if options.demo else 56
     for rule, followed in {
         "--epochs must be at least 1": options.epochs >= 1,
         "--batch-size must be at least 1": options.batch_size >= 1,
@@ -319,7 +319,10 @@ def one_hot(labels):
 
 
 class AugmentedBatches(keras.utils.PyDataset):
-    """Batches of images in a new order, augmented anew by ImageDataGenerator, in every epoch.
+    """Batches of images in a new order in every epoch, augmented by ImageDataGenerator.
+
+    An augmented image serves in two epochs, mirrored in the second: half the augmentation is
+    saved.  Alternating flips: Jordan (2024), arXiv:2404.00498.
 
     A batch follows from seed, epoch and index, whichever worker makes it; Keras's own iterators
     let their workers draw from NumPy's global random numbers all at once.
@@ -327,13 +330,14 @@ class AugmentedBatches(keras.utils.PyDataset):
 
     augmentation = ImageDataGenerator(
         horizontal_flip=True, rotation_range=10, width_shift_range=0.1, height_shift_range=0.1,
-        zoom_range=0.1)
+        zoom_range=0.1, data_format="channels_first")
 
     def __init__(self, images, labels, batch_size, seed, workers=2):
         # With one worker Keras leaves the queue to tf.data, whose autotuner holds up the end of
         # some epochs by up to a minute; with two it fills the queue itself.
         super().__init__(workers=workers)
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
+        self.augmented = np.empty_like(images)
         self.lock = threading.Lock()
         self.start_epoch(0)
 
@@ -347,11 +351,21 @@ class AugmentedBatches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size]
+        if self.epoch % 2 == 0:
+            self.augment(chosen, index)
+            return self.augmented[chosen], one_hot(self.labels[chosen])
+        return self.augmented[chosen][:, :, ::-1], one_hot(self.labels[chosen])
+
+    def augment(self, chosen, index):
+        """Augment the chosen images, those of the batch with the given index."""
+        # Four images at once, as the channels of one: that saves a third of the time.
+        fours = [chosen[first:first + 4] for first in range(0, len(chosen), 4)]
         with self.lock:  # get_random_transform draws from NumPy's global random numbers
             np.random.seed([self.seed, self.epoch, index])
-            transforms = [self.augmentation.get_random_transform((*IMAGE_SIZE, 1)) for _ in chosen]
-        images = map(self.augmentation.apply_transform, self.images[chosen], transforms)
-        return np.stack(list(images)), one_hot(self.labels[chosen])
+            transforms = [self.augmentation.get_random_transform((1, *IMAGE_SIZE)) for _ in fours]
+        for four, transform in zip(fours, transforms):
+            self.augmented[four, ..., 0] = self.augmentation.apply_transform(
+                self.images[four, ..., 0], transform)
 
 
 def load_data(data_dir, batch_size, seed):
@@ -412,16 +426,16 @@ def create_CNN():
         layers.BatchNormalization(momentum=0.9),
         layers.ReLU(),
         layers.SpatialDropout2D(0.05),
-        layers.Conv2D(128, 5, padding="same", use_bias=False),
+        layers.Conv2D(256, 4, padding="same", use_bias=False),
         layers.MaxPooling2D(5, 3, padding="same"),
         layers.BatchNormalization(momentum=0.9),
         layers.ReLU(),
         layers.Flatten(),
         layers.Dropout(0.25),
-        layers.Dense(256, use_bias=False),
+        layers.Dense(512, use_bias=False),
         layers.BatchNormalization(momentum=0.9),
         layers.ReLU(),
-        layers.Dropout(0.35),
+        layers.Dropout(0.4),
         layers.Dense(len(EMOTIONS), activation="softmax", dtype="float32"),
     ])
 
@@ -473,6 +487,11 @@ def train_model(model, training, validation, epochs, learning_rate, run_dir):
         0.0, steps - steps // 20, warmup_target=learning_rate, warmup_steps=steps // 20)
     model.compile(keras.optimizers.AdamW(schedule),
                   keras.losses.CategoricalCrossentropy(label_smoothing=0.1), metrics=["accuracy"])
+    # The rarer an emotion, the more each of its images weighs: 1 on average, disgust twice that.
+    # Balanced accuracy gains two or three points, accuracy loses nothing.
+    count = np.bincount(training.labels)
+    weight = np.cbrt(count.mean() / count)
+    weight /= np.average(weight, weights=count)
     log, best, checkpoint = run_dir / HISTORY, run_dir / "best.weights.h5", run_dir / CHECKPOINT
     done, best_accuracy = 0, None
     if checkpoint.exists():
@@ -488,10 +507,14 @@ def train_model(model, training, validation, epochs, learning_rate, run_dir):
         log.with_stem("part").write_bytes(b"".join(lines))
         os.replace(log.with_stem("part"), log)
         best_accuracy = max(read_history(log)["val_accuracy"])
+        if done % 2:  # the epoch to come mirrors the images of the one before: make them again
+            training.start_epoch(done - 1)
+            list(training)
     try:
         model.fit(
             training,
             validation_data=(validation[0], one_hot(validation[1])),
+            class_weight=dict(enumerate(weight)),
             initial_epoch=done,
             epochs=epochs,
             shuffle=False,  # of batches: their images are shuffled already
@@ -521,16 +544,21 @@ def train_model(model, training, validation, epochs, learning_rate, run_dir):
 
 
 def classify_views(model, images):
-    """Return the probabilities (2 x n x 7) of images as they are and of their mirror images."""
-    views = np.concatenate([images, images[:, :, ::-1]])
-    return model.predict(views, batch_size=256, verbose=0).reshape(2, len(images), len(EMOTIONS))
+    """Return the probabilities (6 x n x 7) of images in six views, the first as they are.
+
+    The views are the image, the image two pixels higher and lower, and these three mirrored.
+    """
+    padded = np.pad(images, ((0, 0), (2, 2), (0, 0), (0, 0)), "edge")
+    views = np.concatenate([padded[:, top:top + IMAGE_SIZE[0]] for top in (2, 4, 0)])
+    views = np.concatenate([views, views[:, :, ::-1]])
+    return model.predict(views, batch_size=256, verbose=0).reshape(6, len(images), len(EMOTIONS))
 
 
 def evaluate_model(model, images, labels, clean):
     """Evaluate `model` once on the test images and print the figures.
 
     Takes what `load_data` returns as test data.  Returns a dict: single_image_accuracy, and, from
-    probabilities averaged over each image and its mirror image, loss (mean cross-entropy, nats),
+    probabilities averaged over the views of each image, loss (mean cross-entropy, nats),
     accuracy, balanced_accuracy (mean recall over the emotions), clean_accuracy (over the images
     that do not also stand in train/) and clean_images (how many those are), emotions (per emotion
     precision, recall, f1 and count) and confusion_matrix (counts; rows: labels, columns:
@@ -560,7 +588,7 @@ def evaluate_model(model, images, labels, clean):
     }
     print(f"\nTest, {len(labels):,} images\n"
           f"  single-image accuracy  {figures['single_image_accuracy']:.2%}\n"
-          "averaged over each image and its mirror image\n"
+          "averaged over six views: image and mirror image, also two pixels higher and lower\n"
           f"  accuracy               {figures['accuracy']:.2%}\n"
           f"  balanced accuracy      {figures['balanced_accuracy']:.2%}")
     if clean.any():

@@ -123,7 +123,22 @@ def test_only_training_images_are_augmented(small_dataset):
     assert first.dtype == "uint8" and first.shape == (42, 48, 48, 1)
     for image in first[..., 0]:
         assert not any(np.array_equal(image, original) for original in originals)
-    assert not np.array_equal(first, second)  # each epoch sees other variations
+    training.start_epoch(2)
+    third = training[0][0]
+    for images in first, second[:, :, ::-1]:  # two epochs share variations, others see others
+        assert not {image.tobytes() for image in images} & {image.tobytes() for image in third}
+
+
+def test_every_second_epoch_mirrors_the_images_of_the_one_before(small_dataset):
+    training, _, _ = script.load_data(small_dataset, batch_size=10, seed=0)
+
+    def of_epoch(epoch):
+        training.start_epoch(epoch)
+        return np.concatenate([images for images, _ in training])
+
+    first, second = of_epoch(0), of_epoch(1)[:, :, ::-1]
+    assert not np.array_equal(first, second)  # in another order
+    assert sorted(map(bytes, first)) == sorted(map(bytes, second))
 
 
 def test_batches_are_the_same_in_whatever_order_and_thread_they_are_made(small_dataset):
@@ -135,6 +150,25 @@ def test_batches_are_the_same_in_whatever_order_and_thread_they_are_made(small_d
         assert np.array_equal(images, same_images) and np.array_equal(labels, same_labels)
     training.start_epoch(1)
     assert not np.array_equal(training[0][1], one_by_one[0][1])  # a new order
+
+
+def test_images_of_rare_emotions_weigh_more(tmp_path, monkeypatch):
+    labels = np.repeat(range(7), [8, 1, 8, 27, 8, 8, 8])
+    images = np.zeros((len(labels), 48, 48, 1), "uint8")
+
+    class Fitted(Exception):
+        pass
+
+    def fit(model, *data, class_weight, **settings):
+        raise Fitted(class_weight)
+
+    monkeypatch.setattr(keras.Sequential, "fit", fit)
+    with pytest.raises(Fitted) as fitted:
+        script.train_model(script.create_CNN(), script.AugmentedBatches(images, labels, 16, 0),
+                           (images, labels), 1, 0.001, tmp_path)
+    weight = np.array([fitted.value.args[0][label] for label in range(7)])
+    assert weight / weight[0] == pytest.approx([1, 2, 1, 2 / 3, 1, 1, 1])  # cube roots of rarity
+    assert weight[labels].mean() == pytest.approx(1)
 
 
 def test_one_and_two_workers_give_the_same_history(small_dataset, tmp_path, capfd):
@@ -279,8 +313,8 @@ class Oracle:
         for image in images:
             assert image.tolist() in (self.images[0].tolist(), self.images[0, :, ::-1].tolist())
         is_mirrored = images[:, 0, 0, 0] == 0
-        return np.where(is_mirrored[:, np.newaxis], np.tile(self.mirrored, (2, 1)),
-                        np.tile(self.probabilities, (2, 1)))
+        return np.where(is_mirrored[:, np.newaxis], np.tile(self.mirrored, (6, 1)),
+                        np.tile(self.probabilities, (6, 1)))
 
 
 def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
@@ -310,7 +344,24 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
         assert words in output
 
 
-def test_evaluate_model_averages_over_image_and_mirror_image():
+def test_views_are_the_image_higher_lower_and_mirrored():
+    images = np.random.default_rng(0).integers(0, 256, (5, 48, 48, 1), "uint8")
+
+    class Recorder:
+        def predict(self, views, **_):
+            self.views = views
+            return np.repeat(np.eye(7)[:6], 5, axis=0)
+
+    recorder = Recorder()
+    probabilities = script.classify_views(recorder, images)
+    assert probabilities.shape == (6, 5, 7)
+    assert (probabilities.argmax(axis=2) == np.arange(6)[:, np.newaxis]).all()
+    rows = [np.arange(48), np.arange(2, 50).clip(0, 47), np.arange(-2, 46).clip(0, 47)]
+    expected = [images[:, of] for of in rows] + [images[:, of, ::-1] for of in rows]
+    assert np.array_equal(recorder.views, np.concatenate(expected))
+
+
+def test_evaluate_model_averages_over_the_views():
     """The first image alone is taken for disgust; with its mirror image, for angry."""
     single = np.array([[0.4, 0.6, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
     mirrored = np.array([[0.7, 0.3, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
@@ -1116,3 +1167,21 @@ def test_readme_names_every_option():
     assert len(options) >= 8
     for option in options - {"--help"}:
         assert f"`{option}" in readme
+
+
+def test_runs_are_summed_up_by_epochs(tmp_path):
+    """tests/budgets.py: mean and standard deviation of three seeds, one run beside them."""
+    for name, epochs, accuracy in ("a", 2, 0.5), ("b", 2, 0.6), ("c", 2, 0.7), ("d", 9, 0.8):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({
+            "seed": ord(name) - ord("a"), "seconds": 60 * epochs,
+            "hyper_parameters": {"epochs": epochs}, "validation": {"accuracy": accuracy},
+            "test": dict.fromkeys(["accuracy", "single_image_accuracy", "clean_accuracy",
+                                   "balanced_accuracy"], accuracy)}))
+    process = subprocess.run([sys.executable, ROOT / "tests/budgets.py", *"dcba", "--picture",
+                              "picture.png"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    rows = process.stdout.splitlines()
+    assert rows[2] == "| 2 | 0 1 2 | 2.0 |" + " 60.00 ± 10.00 |" * 5
+    assert rows[3] == "| 9 | 3 | 9.0 |" + " 80.00 |" * 5
+    assert Image.open(tmp_path / "picture.png").width >= 1000
