@@ -19,9 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 SCRIPT = Path(__file__).resolve().parent.parent / "emotion_recognition_cnn.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import emotion_recognition_cnn as original  # noqa: E402
+import keras  # noqa: E402
+
 # Ingredient: the text of the script that goes, and what comes in its place.
 INGREDIENTS = {
     "the whole recipe": {},
@@ -44,8 +47,7 @@ INGREDIENTS = {
     "warm-up": {"steps // 20": "0"},
     "cosine decay": {"keras.optimizers.AdamW(schedule)": "keras.optimizers.AdamW(learning_rate)"},
     "augmentation": {
-        "horizontal_flip=True, rotation_range=10, width_shift_range=0.1, height_shift_range=0.1,":
-            "", "        zoom_range=0.1, ": "        ",
+        "**self.augmentation, ": "",
         "self.augmented[chosen][:, :, ::-1]": "self.augmented[chosen]"},
     "weights of the emotions": {"np.cbrt(count.mean() / count)": "np.ones(len(count))"},
     "augmented images that serve twice": {"if self.epoch % 2 == 0:": "if True:"},
@@ -64,9 +66,6 @@ def without(name):
 
 def train(name, seed, validation, options):
     """Train without an ingredient; return accuracy, balanced accuracy and the seconds."""
-    import emotion_recognition_cnn as original
-    import keras
-
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, SCRIPT.name)
         script.write_text(without(name))
@@ -93,8 +92,6 @@ def main():
     parser.add_argument("--only", nargs="+", choices=INGREDIENTS, default=list(INGREDIENTS),
                         metavar="INGREDIENT", help="some of the ingredients")
     options = parser.parse_args()
-    import emotion_recognition_cnn as original
-
     _, validation, _ = original.load_data(Path(options.data_dir), 1, 0)
     print("| without | accuracy | balanced accuracy | runs | minutes |")
     print("| --- | --- | --- | --- | --- |", flush=True)

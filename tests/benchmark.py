@@ -42,10 +42,8 @@ def keras_contender(name, data_dir):
 
     keras.utils.set_random_seed(0)
     if name == "plain Keras":
-        training = script.ImageDataGenerator(
-            horizontal_flip=True, rotation_range=10, width_shift_range=0.1, height_shift_range=0.1,
-            zoom_range=0.1,
-        ).flow_from_directory(
+        augmentation = script.ImageDataGenerator(**script.AugmentedBatches.augmentation)
+        training = augmentation.flow_from_directory(
             Path(data_dir, "train"), target_size=script.IMAGE_SIZE, color_mode="grayscale",
             class_mode="categorical", batch_size=BATCH_SIZE)
         data = {"x": training}

@@ -28,11 +28,11 @@ def main():
     options = parser.parse_args()
     keras.utils.set_random_seed(options.seed)
     _, (images, labels), _ = script.load_data(options.data_dir, 64, options.seed)
-    training = script.ImageDataGenerator(
-        rescale=1 / 255, horizontal_flip=True, rotation_range=10, width_shift_range=0.1,
-        height_shift_range=0.1, zoom_range=0.1,
-    ).flow_from_directory(options.data_dir / "train", target_size=script.IMAGE_SIZE,
-                          color_mode="grayscale", batch_size=64, seed=options.seed)
+    augmentation = script.ImageDataGenerator(rescale=1 / 255,
+                                             **script.AugmentedBatches.augmentation)
+    training = augmentation.flow_from_directory(
+        options.data_dir / "train", target_size=script.IMAGE_SIZE, color_mode="grayscale",
+        batch_size=64, seed=options.seed)
     model = keras.Sequential([
         keras.Input((*script.IMAGE_SIZE, 1)),
         layers.Conv2D(32, 3, activation="relu"),
