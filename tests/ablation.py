@@ -4,8 +4,8 @@
 
 Each ingredient is some text of the script; what stands in its place is the plain alternative.
 The changed script is run as a user would run it, and the network that it leaves classifies the
-validation images (PublicTest), averaged over the six views that the script takes of an image: the
-test images take no part in any choice.
+validation images (PublicTest), averaged over the views that the script takes of an image: the test
+images take no part in any choice.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def train(name, seed, validation, options):
         metrics = json.loads(Path(folder, "output", original.METRICS).read_text())
         model = keras.models.load_model(Path(folder, "output", original.MODEL))
     images, labels = validation
-    correct = original.classify_views(model, images).mean(axis=0).argmax(axis=1) == labels
+    correct = original.classify_faces(model, images).argmax(axis=1) == labels
     recall = [correct[labels == label].mean() for label in range(len(original.EMOTIONS))]
     return correct.mean(), np.mean(recall), metrics["seconds"]
 
