@@ -145,8 +145,10 @@ def parse_options():
     if options.resume:
         try:
             settings = json.loads((run_dir / SETTINGS).read_text())
-        except (OSError, ValueError):
-            parser.error(f"{run_dir / SETTINGS} is damaged: delete {run_dir} and start anew")
+            read_history(run_dir / HISTORY)["seconds"][0]
+        except (OSError, ValueError, LookupError):
+            parser.error(f"{SETTINGS} or {HISTORY} in {run_dir} is damaged: delete that folder and "
+                         "start anew")
         parser.set_defaults(**settings)  # what is not given now is as it was
         options = parser.parse_args()
         for name, value in settings.items():
@@ -264,6 +266,9 @@ def open_image(contents):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(contents)))
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
         image = image.point(lambda value: value / 256).convert("L")
+    elif image.has_transparency_data:  # on white paper
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "L" else image.convert("RGB")
 
 
@@ -464,10 +469,11 @@ class EpochLog(keras.callbacks.CSVLogger):
 
 
 def read_history(path):
-    """Return history.csv as a dict of lists with one value per epoch."""
+    """Return history.csv as a dict of lists with one value per epoch; ValueError if damaged."""
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+        lines = [line for line in file if line.endswith("\n")]  # a full disk may cut the last one
+    columns = zip(*csv.reader(lines), strict=True)
+    return {name: [float(value) for value in values] for name, *values in columns}
 
 
 def train_model(model, training, validation, epochs, learning_rate, run_dir):

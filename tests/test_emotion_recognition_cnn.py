@@ -869,6 +869,11 @@ def test_loss_that_is_not_finite_ends_the_run(small_dataset, whole_run, tmp_path
     assert read_history(tmp_path / "output") == read_history(whole_run / "output")
 
 
+def test_history_whose_last_line_was_cut_by_a_full_disk(tmp_path):
+    (tmp_path / "history.csv").write_text("epoch,loss\n1,2.5\n2,1.")
+    assert script.read_history(tmp_path / "history.csv") == {"epoch": [1], "loss": [2.5]}
+
+
 def foreign_model(path):
     """Save a network that is not the script's."""
     keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save(path)
@@ -877,7 +882,10 @@ def foreign_model(path):
 @pytest.mark.parametrize(("name", "damage"), [
     ("checkpoint.keras", lambda path: path.write_text("no archive")),
     ("checkpoint.keras", foreign_model),
-    ("settings.json", lambda path: path.write_text("{"))])
+    ("settings.json", lambda path: path.write_text("{")),
+    ("history.csv", lambda path: path.write_text("epoch,seconds\n")),
+    ("history.csv", lambda path: path.write_bytes(bytes(500))),
+    ("history.csv", lambda path: path.write_text("epoch,seconds\n1,2\n3\n"))])
 def test_damaged_or_foreign_state_gives_one_line(small_dataset, tmp_path, name, damage, run_here):
     unfinished = tmp_path / "output/unfinished"
     unfinished.mkdir(parents=True)
@@ -907,6 +915,10 @@ def encode(image, kind, **options):
 def test_unusual_images_are_read_as_a_person_sees_them(tmp_path):
     grey = Image.new("L", (48, 48), 90)
     deep = Image.fromarray(np.full((48, 48), 90 * 256, "uint16"))
+    hidden = Image.new("LA", (48, 48))  # black, and nothing of it to be seen
+    hidden.paste((90, 255), (0, 0, 24, 48))
+    half = script.face_pixels(script.open_image(encode(hidden, "PNG")))
+    assert (half[:, :24] == 90).all() and (half[:, 24:] == 255).all()
     animation = {"save_all": True, "append_images": [Image.new("L", (48, 48), 200)]}
     for name, contents in {
             "CMYK.jpg": encode(grey.convert("CMYK"), "JPEG", quality=100),
