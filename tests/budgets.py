@@ -8,6 +8,7 @@ Runs of as many epochs make one row: mean and standard deviation over their seed
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def main():
         values = [[run["validation"]["accuracy"] for run in runs],
                   *([run["test"][name] for run in runs] for name in FIGURES.values())]
         means = [100 * statistics.mean(of) for of in values]
-        spreads = [100 * statistics.stdev(of) if len(of) > 1 else 0 for of in values]
+        spreads = [100 * statistics.stdev(of) if len(of) > 1 else math.nan for of in values]
         minutes = statistics.mean(run["seconds"] for run in runs) / 60
         points.append((minutes, means[1], spreads[1]))
         print(f"| {epochs} | {' '.join(str(seed) for seed in sorted(r['seed'] for r in runs))} | "
