@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -468,6 +469,30 @@ class EpochLog(keras.callbacks.CSVLogger):
             "seconds": round(time.perf_counter() - self.start, 2)})
 
 
+class InterruptBetweenBatches(keras.callbacks.Callback):
+    """Ctrl-C waits for the end of a batch: within TensorFlow it may come out as another error.
+
+    A second Ctrl-C does not wait.
+    """
+
+    def on_train_begin(self, logs=None):
+        self.pressed = False
+        self.handler = signal.signal(signal.SIGINT, self.press)
+
+    def press(self, number, frame):
+        self.pressed = True
+        signal.signal(signal.SIGINT, self.handler)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.pressed:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, logs=None):
+        signal.signal(signal.SIGINT, self.handler)
+        if self.pressed:  # while the last epoch was validated
+            raise KeyboardInterrupt
+
+
 def read_history(path):
     """Return history.csv as a dict of lists with one value per epoch; ValueError if damaged."""
     with open(path, newline="") as file:
@@ -533,6 +558,7 @@ def train_model(model, training, validation, epochs, learning_rate, run_dir):
                 keras.callbacks.LambdaCallback(
                     on_epoch_begin=lambda epoch, logs: training.start_epoch(epoch),
                     on_epoch_end=lambda epoch, logs: save_whole(model, checkpoint)),
+                InterruptBetweenBatches(),
             ],
         )
     except RuntimeError as error:

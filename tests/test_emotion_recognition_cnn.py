@@ -200,6 +200,28 @@ def test_one_and_two_workers_give_the_same_history(small_dataset, tmp_path, capf
     assert histories[0] == histories[1] and len(histories[0]["loss"]) == 3
 
 
+@pytest.mark.parametrize("within, comes_out, epochs", [
+    ("train_step", "on_train_batch_end", 0), ("test_step", "on_train_end", 1)])
+def test_ctrl_c_within_tensorflow_comes_out_after_it(
+        small_dataset, tmp_path, monkeypatch, capfd, within, comes_out, epochs):
+    step, presses = getattr(keras.Sequential, within), iter([signal.SIGINT])
+
+    def press_and_step(*arguments):  # it may be traced twice
+        for press in presses:
+            signal.raise_signal(press)
+        return step(*arguments)
+
+    monkeypatch.setattr(keras.Sequential, within, press_and_step)
+    training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        script.train_model(script.create_CNN(), training, validation, 1, 0.001, tmp_path)
+    assert interrupt.traceback[-1].name == comes_out
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (tmp_path / "checkpoint.keras").exists() == bool(epochs)
+    assert len(read_history(tmp_path)) == epochs
+
+
 def test_without_kaggle_names_a_stratified_tenth_is_held_out(tmp_path, capsys):
     shades = iter(range(7 * 22))
     make_dataset(tmp_path, 20, 1, 1, lambda *_: flat(next(shades)))
