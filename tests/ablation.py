@@ -5,8 +5,7 @@
 Each ingredient is some text of the script; what stands in its place is the plain alternative.
 The changed script is run as a user would run it, and the network that it leaves classifies the
 validation images (PublicTest), averaged over the views that the script takes of an image: the test
-images take no part in any choice.  Loss, the mean cross-entropy in nats, varies less with the seed
-than accuracy does.
+images take no part in any choice.  Loss is the mean cross-entropy, in nats.
 """
 
 import argparse
