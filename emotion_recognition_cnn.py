@@ -6,7 +6,7 @@
 
 Two convolution blocks, flatten, two dense layers.  The network is trained on the competition's
 Training images, its best epoch is chosen on the PublicTest images, and the PrivateTest images are
-evaluated once, at the end: 68.1 % accuracy (mean of three seeds) after 25 minutes on two cores of
+evaluated once, at the end: 68.4 % accuracy (mean of three seeds) after 25 minutes on two cores of
 an AMD EPYC.  Plots, figures and the trained network are left in output/.
 
 FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arXiv:1307.0414.
@@ -577,14 +577,19 @@ def train_model(model, training, validation, epochs, learning_rate, run_dir):
 def classify_faces(model, images):
     """Return the probabilities (n x 7) of images (n x 48 x 48 x 1), averaged over four views.
 
-    The views are the image two pixels higher and two pixels lower, and these two mirrored.
+    The views are the image two pixels higher, and two pixels lower and a tenth larger, and these
+    two mirrored.
     """
-    padded = np.pad(images, ((0, 0), (2, 2), (0, 0), (0, 0)), "edge")
-    views = np.concatenate([padded[:, 4:], padded[:, :-4]])
-    views = np.concatenate([views, views[:, :, ::-1]])
-    # Calls of the model save what predict takes each time: 0.2 seconds, and tracing before that.
-    batches = [model(views[first:first + 250]) for first in range(0, len(views), 250)]
-    return np.concatenate(batches).reshape(4, len(images), len(EMOTIONS)).mean(axis=0)
+    probabilities = []
+    for first in range(0, len(images), 64):
+        batch = images[first:first + 64]
+        higher = np.pad(batch[:, 2:], ((0, 0), (0, 2), (0, 0), (0, 0)), "edge")
+        larger = tf.image.resize(batch[:, :44, 2:46], IMAGE_SIZE)
+        views = np.concatenate([higher, larger])
+        views = np.concatenate([views, views[:, :, ::-1]])
+        # Calls of the model save what predict takes each time: 0.2 s, and tracing before that.
+        probabilities.append(np.reshape(model(views), (4, len(batch), -1)).mean(axis=0))
+    return np.concatenate(probabilities)
 
 
 def evaluate_model(model, images, labels, clean):
@@ -621,7 +626,7 @@ def evaluate_model(model, images, labels, clean):
     }
     print(f"\nTest, {len(labels):,} images\n"
           f"  single-image accuracy  {figures['single_image_accuracy']:.2%}\n"
-          "averaged over four views: two pixels higher and lower, and both mirrored\n"
+          "averaged over four views: higher, lower and larger, and both mirrored\n"
           f"  accuracy               {figures['accuracy']:.2%}\n"
           f"  balanced accuracy      {figures['balanced_accuracy']:.2%}")
     if clean.any():
