@@ -626,7 +626,7 @@ def evaluate_model(model, images, labels, clean):
     }
     print(f"\nTest, {len(labels):,} images\n"
           f"  single-image accuracy  {figures['single_image_accuracy']:.2%}\n"
-          "averaged over four views: higher, lower and larger, and both mirrored\n"
+          "averaged over four views: one higher, one lower and larger, and both mirrored\n"
           f"  accuracy               {figures['accuracy']:.2%}\n"
           f"  balanced accuracy      {figures['balanced_accuracy']:.2%}")
     if clean.any():
