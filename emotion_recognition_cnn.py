@@ -897,8 +897,8 @@ if __name__ == "__main__":
             sys.exit(130)
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(options.precision)
-    print(f"{processor_name()}, {options.precision}")
     try:
+        print(f"{processor_name()}, {options.precision}")
         if options.resume:  # the time before the interruption counts, too
             start -= sum(read_history(run_dir / HISTORY)["seconds"])
         with tempfile.TemporaryDirectory() as drawings:
