@@ -41,11 +41,7 @@ INGREDIENTS = {
     "4x4 in the second convolution": {"Conv2D(256, 4,": "Conv2D(256, 3,"},
     "half of the second convolution's filters": {"Conv2D(256,": "Conv2D(128,"},
     "half of the dense layer": {"Dense(512,": "Dense(256,"},
-    "dropout on feature maps": {"layers.SpatialDropout2D(0.05),": ""},
-    "dropout around the dense layer": {
-        "layers.Dropout(0.25),": "", "layers.Dropout(0.4),": ""},
-    "label smoothing": {"label_smoothing=0.1": "label_smoothing=0"},
-    "warm-up": {"steps // 20": "0"},
+    "dropout": {"layers.Dropout(0.25),": "", "layers.Dropout(0.4),": ""},
     "cosine decay": {"keras.optimizers.AdamW(schedule)": "keras.optimizers.AdamW(learning_rate)"},
     "augmentation": {
         "**self.augmentation, ": "",

@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-BATCH_SIZE, LEARNING_RATE, SMOOTHING = 128, 3e-3, 0.1
+BATCH_SIZE, LEARNING_RATE = 128, 3e-3
 WARM_UP = 10  # steps at the start of a round that are not counted
 
 
@@ -45,18 +45,16 @@ def keras_contender(name, data_dir):
         augmentation = script.ImageDataGenerator(**script.AugmentedBatches.augmentation)
         training = augmentation.flow_from_directory(
             Path(data_dir, "train"), target_size=script.IMAGE_SIZE, color_mode="grayscale",
-            class_mode="categorical", batch_size=BATCH_SIZE)
+            class_mode="sparse", batch_size=BATCH_SIZE)
         data = {"x": training}
     else:
         keras.config.set_dtype_policy(script.fastest_precision())
         training, _, _ = script.load_data(Path(data_dir), BATCH_SIZE, 0)
         data = {"x": training}
         if name == "ceiling":
-            data = {"x": training.images, "y": script.one_hot(training.labels),
-                    "batch_size": BATCH_SIZE}
+            data = {"x": training.images, "y": training.labels, "batch_size": BATCH_SIZE}
     model = script.create_CNN()
-    model.compile(keras.optimizers.AdamW(LEARNING_RATE),
-                  keras.losses.CategoricalCrossentropy(label_smoothing=SMOOTHING),
+    model.compile(keras.optimizers.AdamW(LEARNING_RATE), "sparse_categorical_crossentropy",
                   metrics=["accuracy"])
 
     def train(steps, epoch):
@@ -96,8 +94,6 @@ def as_torch(model):
             modules.append(nn.ReLU())
         elif kind == "Dropout":
             modules.append(nn.Dropout(layer.rate))
-        elif kind == "SpatialDropout2D":
-            modules.append(nn.Dropout2d(layer.rate))
         elif kind == "Flatten":
             modules.append(nn.Flatten())
         elif kind == "Dense":  # the softmax is part of PyTorch's cross-entropy
@@ -129,8 +125,7 @@ def torch_contender(name, data_dir):
         for chosen in torch.randperm(len(labels))[: steps * BATCH_SIZE].split(BATCH_SIZE):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                loss = torch.nn.functional.cross_entropy(
-                    model(images[chosen]), labels[chosen], label_smoothing=SMOOTHING)
+                loss = torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
             loss.backward()
             optimizer.step()
             times.append(time.time())

@@ -32,7 +32,7 @@ def main():
                                              **script.AugmentedBatches.augmentation)
     training = augmentation.flow_from_directory(
         options.data_dir / "train", target_size=script.IMAGE_SIZE, color_mode="grayscale",
-        batch_size=64, seed=options.seed)
+        batch_size=64, class_mode="sparse", seed=options.seed)
     model = keras.Sequential([
         keras.Input((*script.IMAGE_SIZE, 1)),
         layers.Conv2D(32, 3, activation="relu"),
@@ -43,7 +43,7 @@ def main():
         layers.Dense(128, activation="relu"),
         layers.Dense(len(script.EMOTIONS), activation="softmax"),
     ])
-    model.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     start, best = time.time(), 0
 
     def report(epoch, logs):
@@ -53,7 +53,7 @@ def main():
               f"{logs['val_accuracy']:.2%}, best {best:.2%}", flush=True)
         model.stop_training = minutes >= options.minutes
 
-    model.fit(training, validation_data=(images / 255, script.one_hot(labels)), epochs=10**6,
+    model.fit(training, validation_data=(images / 255, labels), epochs=10**6,
               verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=report)])
 
 
