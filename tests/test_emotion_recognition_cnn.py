@@ -617,6 +617,24 @@ def test_the_dataset_is_downloaded_where_there_is_none(kagglehub, tmp_path):
     assert "42 training, 14 validation and 14 test images" in process.stdout
 
 
+def test_data_folder_that_is_there_is_used_however_small_and_nothing_downloaded(
+        kagglehub, tmp_path):
+    make_dataset(tmp_path / "data", 1, 1, 1)
+    process = run("--epochs", 1, cwd=tmp_path, **kagglehub)
+    assert process.returncode == 0, process.stderr
+    assert "7 training, 7 validation and 7 test images" in process.stdout
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_mistyped_data_dir_is_an_error_and_never_a_download_or_drawings(
+        kagglehub, tmp_path, monkeypatch, run_here):
+    monkeypatch.syspath_prepend(kagglehub["PYTHONPATH"])
+    monkeypatch.delitem(sys.modules, "kagglehub", raising=False)
+    process = run_here("--data-dir", "dta", cwd=tmp_path)
+    assert process.returncode == 2 and "dta" in process.stderr
+    assert not (tmp_path / "calls").exists() and "drawn" not in process.stdout
+
+
 # --- Bad input --------------------------------------------------------------------
 
 
