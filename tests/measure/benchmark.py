@@ -1,7 +1,7 @@
 """Measure how fast the script trains, beside other ways to train the same network.
 
-    python tests/benchmark.py --data-dir data
-    python tests/benchmark.py                     on drawn faces
+    python tests/measure/benchmark.py --data-dir data
+    python tests/measure/benchmark.py                     on drawn faces
 
 Each contender trains in a process of its own; they take turns, round by round, so that a noisy
 machine is as noisy for all.  All have the script's network, batch size and optimiser:
@@ -29,7 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 BATCH_SIZE, LEARNING_RATE = 128, 3e-3
 WARM_UP = 10  # steps at the start of a round that are not counted

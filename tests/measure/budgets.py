@@ -1,7 +1,7 @@
 """Tell what minutes and seeds make of accuracy: a table and a picture of finished runs.
 
     python emotion_recognition_cnn.py --epochs 12 --seed 1 --output-dir runs/12-1     and so on
-    python tests/budgets.py runs/* --picture accuracy_against_minutes.png
+    python tests/measure/budgets.py runs/* --picture accuracy_against_minutes.png
 
 Runs of as many epochs make one row: mean and standard deviation over their seeds, minutes of the
 fastest run, as the others may have shared the processor.  The README's table is of docs/runs/*.

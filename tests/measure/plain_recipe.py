@@ -1,6 +1,6 @@
 """Train what tutorials write for FER-2013, to compare: validation accuracy against minutes.
 
-    python tests/plain_recipe.py --data-dir data --minutes 20
+    python tests/measure/plain_recipe.py --data-dir data --minutes 20
 
 32 and 64 filters 3x3, each followed by 2x2 pooling, Dense 128, Adam with Keras's defaults,
 flow_from_directory with pixels rescaled to 0-1 and the augmentation of the script, batches of 64.
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import emotion_recognition_cnn as script  # noqa: E402
 import keras  # noqa: E402

@@ -1,6 +1,6 @@
 """Measure what each ingredient of the recipe gives: train without it and look at validation.
 
-    python tests/ablation.py --data-dir data --epochs 20 --seeds 0 1 2
+    python tests/measure/ablation.py --data-dir data --epochs 20 --seeds 0 1 2
 
 Each ingredient is some text of the script; what stands in its place is the plain alternative.
 The changed script is run as a user would run it, and the network that it leaves classifies the
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-SCRIPT = Path(__file__).resolve().parent.parent / "emotion_recognition_cnn.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "emotion_recognition_cnn.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import emotion_recognition_cnn as original  # noqa: E402
@@ -42,12 +42,12 @@ INGREDIENTS = {
     "half of the second convolution's filters": {"Conv2D(256,": "Conv2D(128,"},
     "half of the dense layer": {"Dense(512,": "Dense(256,"},
     "dropout": {"layers.Dropout(0.25),": "", "layers.Dropout(0.4),": ""},
-    "cosine decay": {"keras.optimizers.AdamW(schedule)": "keras.optimizers.AdamW(learning_rate)"},
+    "cosine decay": {"keras.optimizers.AdamW(schedule)": "keras.optimizers.AdamW(options.learning_rate)"},
     "augmentation": {
         "**self.augmentation, ": "",
         "self.augmented[chosen][:, :, ::-1]": "self.augmented[chosen]"},
     "weights of the emotions": {"np.cbrt(count.mean() / count)": "np.ones(len(count))"},
-    "augmented images that serve twice": {"if self.epoch % 2 == 0:": "if True:"},
+    "augmented images that serve twice": {"if self.epoch % 2:": "if False:"},
 }
 
 
@@ -70,7 +70,7 @@ def train(name, seed, validation, options):
             [sys.executable, script, "--data-dir", options.data_dir, "--epochs",
              str(options.epochs), "--seed", str(seed), "--output-dir", Path(folder, "output")],
             check=True, stdout=subprocess.DEVNULL)
-        metrics = json.loads(Path(folder, "output", original.METRICS).read_text())
+        metrics = json.loads(Path(folder, "output", "metrics.json").read_text())
         model = keras.models.load_model(Path(folder, "output", original.MODEL))
     clean = np.zeros(len(validation[1]), bool)  # of no matter here
     with contextlib.redirect_stdout(None):

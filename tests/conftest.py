@@ -1,0 +1,161 @@
+"""What the tests share: small datasets, whole runs of the script, and what they leave."""
+
+import argparse
+import csv
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "emotion_recognition_cnn.py"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "measure")]
+
+import emotion_recognition_cnn as script  # noqa: E402  before Keras, whose settings it makes
+import keras  # noqa: E402
+
+EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
+OUTPUTS = {"accuracy.png", "loss.png", "confusion_matrix.png", "history.csv", "metrics.json",
+           "emotion_recognition_cnn.keras"}
+RUN = "--epochs", "6", "--batch-size", "8", "--output-dir", "output"
+
+
+# Keras's ImageDataGenerator calls SciPy by a name that goes with SciPy 2.
+def run(*arguments, cwd, **environment):
+    """Run the script as a user would; return the finished process."""
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=280,
+                          env={**os.environ, **environment})
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """Return `run` that runs the script in this process, which has TensorFlow already."""
+    def run_here(*arguments, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        script.fastest_precision()  # TensorFlow looks for GPUs once in a process, and talks of it
+        capfd.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        finally:
+            keras.config.set_dtype_policy("float32")
+        return subprocess.CompletedProcess(sys.argv, status, *capfd.readouterr())
+
+    return run_here
+
+
+def start(*arguments, cwd):
+    """Start the script and return the running process."""
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Ctrl-C works in it also where the tests run in the background, which ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def read_history(output_dir):
+    """Return history.csv without its seconds."""
+    with open(Path(output_dir, "history.csv"), newline="") as file:
+        return [{name: float(value) for name, value in row.items() if name != "seconds"}
+                for row in csv.DictReader(file)]
+
+
+def kept_history(output_dir):
+    """Return the history in the checkpoint of an unfinished run: {} where there is none yet."""
+    run_dir = Path(output_dir, "unfinished")
+    return script.load_checkpoint(run_dir)[1] if (run_dir / script.CHECKPOINT).exists() else {}
+
+
+def wait_for_epoch(process, folder):
+    """Wait until `process` has kept one epoch more than it found, or has ended."""
+    before = kept_history(folder / "output").get("epoch")
+    while process.poll() is None and kept_history(folder / "output").get("epoch") == before:
+        time.sleep(0.05)
+
+
+def assert_same_run(one, other):
+    """Assert that two runs gave the same history, figures and predictions, times aside."""
+    assert read_history(one / "output") == read_history(other / "output")
+    one, other = (json.loads((folder / "output/metrics.json").read_text())
+                  for folder in (one, other))
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def options(epochs=1, learning_rate=0.001):
+    """Return what `train_model` reads of the command line."""
+    return argparse.Namespace(epochs=epochs, learning_rate=learning_rate)
+
+
+def make_dataset(folder, train=6, public=2, private=2, draw=None):
+    """Write a small dataset in Kaggle's layout and return its folder.
+
+    Each image is drawn by `draw(emotion, kind, number)`; by default it is a drawn face.
+    """
+    rng = np.random.default_rng(7)
+    draw = draw or (lambda emotion, kind, number: script.draw_face(emotion, rng))
+    for kind, count in ("Training", train), ("PublicTest", public), ("PrivateTest", private):
+        for emotion in EMOTIONS:
+            path = Path(folder, "train" if kind == "Training" else "test", emotion)
+            path.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                draw(emotion, kind, number).save(path / f"{kind}_{number}.png")
+    return Path(folder)
+
+
+def flat(shade):
+    """Return an image of one shade, which no flip, shift, rotation or zoom can change."""
+    return Image.new("L", (48, 48), shade)
+
+
+def foreign_model(path):
+    """Save a network that is not the script's."""
+    keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save(path.with_suffix(".keras"))
+    os.replace(path.with_suffix(".keras"), path)
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory):
+    """Return the folder of a dataset of 70 drawn faces; tests copy it before they change it."""
+    return make_dataset(tmp_path_factory.mktemp("small") / "faces")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_runs(request, small_dataset, tmp_path_factory):
+    """Start the whole runs that some of the tests want; they train beside the first tests.
+
+    Returns, by the name of the fixture, the folder of each and the future of its process.
+    """
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    arguments = {"demo": ["--demo"], "whole_run": ["--data-dir", small_dataset, *RUN]}
+    with ThreadPoolExecutor() as pool:
+        folders = {name: tmp_path_factory.mktemp(name) for name in wanted & set(arguments)}
+        yield {name: (folder, pool.submit(run, *arguments[name], cwd=folder))
+               for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def demo(whole_runs):
+    """Return the folder and the process of a run with --demo, into its default output folder."""
+    folder, process = whole_runs["demo"]
+    return folder, process.result()
+
+
+@pytest.fixture(scope="session")
+def whole_run(whole_runs):
+    """Return the folder of a run that nobody interrupted; its output is in output/."""
+    folder, process = whole_runs["whole_run"]
+    assert process.result().returncode == 0, process.result().stderr
+    return folder

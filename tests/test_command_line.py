@@ -1,0 +1,213 @@
+"""Runs of the script as a user starts it: terminal, bad input, README."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ablation
+import pytest
+from conftest import ROOT, SCRIPT, script
+from PIL import Image
+
+# Keras's ImageDataGenerator calls SciPy by a name that goes with SciPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:Please import `affine_transform`")
+
+
+# Each case: arguments, what is done to a copy of the dataset in data/, words of the error line.
+BAD_INPUTS = {
+    "data folder missing": (["--data-dir", "nowhere"], None, ["nowhere", "--data-dir"]),
+    "data folder is a file": (["--data-dir", "data/readme.txt"],
+                              lambda data: (data / "readme.txt").write_text("x"), ["readme.txt"]),
+    "nothing to hold out": ([], lambda data: [
+        file.rename(file.with_name("x.png")) if "_0" in file.name else file.unlink()
+        for file in data.glob("*/*/*.png")], ["data/train", "too few"]),
+    "no train": ([], lambda data: shutil.rmtree(data / "train"), ["data/train", "--data-dir"]),
+    "no test": ([], lambda data: shutil.rmtree(data / "test"), ["data/test", "--data-dir"]),
+    "emotion missing": ([], lambda data: shutil.rmtree(data / "test/fear"),
+                        ["data/test/fear", "missing"]),
+    "emotion empty": ([], lambda data: [file.unlink() for file in data.glob("train/sad/*")],
+                      ["data/train/sad", "no images"]),
+    "emotion too many": ([], lambda data: (data / "train/contempt").mkdir(),
+                         ["data/train/contempt", "none of the seven emotion"]),
+    "image of no bytes": ([], lambda data: (data / "train/happy/Training_3.png").write_bytes(b""),
+                          ["data/train/happy/Training_3.png", "empty"]),
+    "image of text": ([], lambda data: (data / "test/happy/x.jpg").write_text("no image"),
+                      ["data/test/happy/x.jpg", "no image"]),
+    "image cut short": ([], lambda data: (data / "test/sad/PublicTest_0.png").write_bytes(
+        (data / "test/sad/PublicTest_0.png").read_bytes()[:700]), ["PublicTest_0.png", "damaged"]),
+    "folder named as an image": ([], lambda data: (data / "test/sad/x.jpg").mkdir(),
+                                 ["data/test/sad/x.jpg", "no image"]),
+    "decompression bomb": ([], lambda data: Image.new("1", (20000, 20000)).save(
+        data / "train/fear/bomb.png"), ["data/train/fear/bomb.png", "too large"]),
+    "nothing to predict with": (["--predict", "data/x.png"], None, ["emotion_recognition_cnn.keras",
+                                                                   "train", "--output-dir"]),
+    "predict nothing": (["--predict"], None, ["--predict"]),
+    "predict and train": (["--predict", "x.png", "--epochs", 3], None, ["--epochs", "--predict"]),
+    "predict and resume": (["--predict", "x.png", "--resume"], None, ["--resume", "--predict"]),
+    "JSON of nothing": (["--json"], None, ["--json", "--predict"]),
+    "nothing not to detect": (["--no-detect"], None, ["--no-detect", "--predict"]),
+    "nothing to resume": (["--resume"], None, ["--resume", "no interrupted run", "output"]),
+    "output is a file": (["--output-dir", "data/readme.txt"],
+                         lambda data: (data / "readme.txt").write_text("x"),
+                         ["--output-dir", "readme.txt"]),
+    "output below a file": (["--output-dir", "data/readme.txt/output"],
+                            lambda data: (data / "readme.txt").write_text("x"),
+                            ["--output-dir", "readme.txt"]),
+    "no epoch": (["--epochs", 0], None, ["--epochs", "at least 1"]),
+    "word for epochs": (["--epochs", "many"], None, ["--epochs", "many"]),
+    "no batch": (["--batch-size", -4], None, ["--batch-size", "at least 1"]),
+    "word for batch size": (["--batch-size", "1.5"], None, ["--batch-size", "1.5"]),
+    "no learning rate": (["--learning-rate", 0], None, ["--learning-rate", "above 0"]),
+    "negative learning rate": (["--learning-rate", "-0.1"], None, ["--learning-rate", "above 0"]),
+    "learning rate nan": (["--learning-rate", "nan"], None, ["--learning-rate", "above 0"]),
+    "word for learning rate": (["--learning-rate", "fast"], None, ["--learning-rate", "fast"]),
+    "unknown precision": (["--precision", "int8"], None, ["--precision", "int8", "float32"]),
+    "negative seed": (["--seed", -1], None, ["--seed", "between 0 and"]),
+    "word for seed": (["--seed", "x"], None, ["--seed", "x"]),
+    "unknown option": (["--epoch", 3], None, ["--epoch"]),
+    "demo and data": (["--demo", "--data-dir", "data"], None, ["--demo", "--data-dir"]),
+    "no network": ([], shutil.rmtree, ["https://www.kaggle.com/datasets/msambare/fer2013", "data/",
+                                       "--data-dir", "--demo"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_gets_one_line_and_status_2(
+        name, small_dataset, tmp_path, monkeypatch, run_here):
+    arguments, change, words = BAD_INPUTS[name]
+    shutil.copytree(small_dataset, tmp_path / "data")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/history.csv").write_text("of an earlier run")
+    if change:
+        change(tmp_path / "data")
+    for proxy in "HTTPS_PROXY", "https_proxy":  # nobody answers: no network, wherever this runs
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    process = run_here(*arguments, cwd=tmp_path)
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.count("\n") == 1 and process.stderr.startswith("error: ")
+    for word in words:
+        assert word in process.stderr
+    assert "Epoch" not in process.stdout
+    assert (tmp_path / "output/history.csv").read_text() == "of an earlier run"
+
+
+def test_output_folder_that_cannot_be_written(small_dataset, tmp_path, run_here):
+    folder = Path("/proc/self")  # nobody can write here, not even root
+    if not folder.exists():
+        folder = tmp_path / "read-only"
+        folder.mkdir(mode=0o555)
+    process = run_here("--data-dir", small_dataset, "--output-dir", folder, cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1 and str(folder) in process.stderr
+
+
+def test_nothing_but_the_script_and_keras_reaches_the_terminal(demo):
+    """Every line is one of the script's own or of Keras's, a line per epoch."""
+    folder, process = demo
+    assert process.stderr == ""
+    metrics = json.loads((folder / "output/metrics.json").read_text())
+    beginnings = (metrics["processor"], "Drawing faces", "Reading", "2,100 training", "Epoch ",
+                  "Test,", "All but", "  ", "Saved in")
+    for line in process.stdout.splitlines():
+        assert not line or line.startswith(beginnings) or " - val_accuracy: " in line, line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_shows_the_progress_bar_of_keras(small_dataset, tmp_path):
+    import pty
+
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--data-dir", small_dataset, "--epochs", "2"], cwd=tmp_path,
+        stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm"})
+    os.close(slave)
+    output = b""
+    with contextlib.suppress(OSError):  # Linux: the end of the output is an error
+        while chunk := os.read(master, 4096):
+            output += chunk
+    os.close(master)
+    output = output.decode()
+    assert process.wait() == 0, output
+    assert "Epoch 2/2" in output and "━" in output
+    assert "Warning" not in output and "absl" not in output
+
+
+def test_readme_gives_the_figures_of_the_runs():
+    """The table is what measure/budgets.py makes of docs/runs, and one run is told in full."""
+    readme = (ROOT / "README.md").read_text()
+    table = subprocess.run(
+        [sys.executable, ROOT / "tests/measure/budgets.py", *(ROOT / "docs/runs").iterdir()],
+        capture_output=True, text=True, check=True).stdout
+    assert table in readme
+    metrics = json.loads((ROOT / "docs/runs/48-0/metrics.json").read_text())
+    test = metrics["test"]
+    results = (ROOT / "docs/RESULTS.md").read_text()
+    for figure in (test["accuracy"], test["clean_accuracy"], test["balanced_accuracy"],
+                   *(emotion["recall"] for emotion in test["emotions"].values())):
+        assert f"{figure:.1%}".replace("%", " %") in results
+    assert f"{metrics['seconds'] / 60:.0f} minutes" in results
+    assert f"{metrics['hyper_parameters']['epochs']} epochs" in results
+    assert metrics["images"] == {"training": 28709, "validation": 3589, "test": 3589}
+
+
+def test_table_of_layers_is_the_network():
+    results = (ROOT / "docs/RESULTS.md").read_text()
+    model = script.create_CNN()
+    for layer in model.layers:
+        shape = " x ".join(map(str, layer.output.shape[1:]))
+        assert f"| {type(layer).__name__} | {shape} | {layer.count_params():,} |" in results
+    assert f"| all | | {model.count_params():,} |" in results
+    assert f"{model.count_params():,} parameters" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/RESULTS.md"])
+def test_every_link_and_picture_is_there(name):
+    text = (ROOT / name).read_text()
+    links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("https://")]
+    assert len(links) >= 5
+    for link in links:
+        path, _, heading = link.partition("#")
+        assert ((ROOT / name).parent / path).exists(), link
+        assert not heading or f"# {heading.capitalize()}" in (ROOT / path).read_text(), link
+    for path in re.findall(r"python (tests/\S+\.py)", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ablation.INGREDIENTS)
+def test_ablation_leaves_out_what_the_script_holds(name):
+    changed = ablation.without(name)  # ends the program where an ingredient is not found
+    compile(changed, name, "exec")
+    assert (changed == SCRIPT.read_text()) == (name == "the whole recipe")
+
+
+def test_readme_names_every_option(run_here):
+    readme = (ROOT / "README.md").read_text()
+    help_text = run_here("--help", cwd=ROOT).stdout
+    options = {word.strip("[],") for word in help_text.split() if word.startswith("--")}
+    assert len(options) >= 8
+    for option in options - {"--help"}:
+        assert f"`{option}" in readme
+
+
+def test_runs_are_summed_up_by_epochs(tmp_path):
+    """measure/budgets.py: mean, deviation and least time of three seeds, one run beside."""
+    for name, epochs, accuracy in ("a", 2, 0.5), ("b", 2, 0.6), ("c", 2, 0.7), ("d", 9, 0.8):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({
+            "seed": ord(name) - ord("a"), "seconds": 60 * epochs + 36 * accuracy,
+            "hyper_parameters": {"epochs": epochs}, "validation": {"accuracy": accuracy},
+            "test": dict.fromkeys(["accuracy", "single_image_accuracy", "clean_accuracy",
+                                   "balanced_accuracy"], accuracy)}))
+    process = subprocess.run([sys.executable, ROOT / "tests/measure/budgets.py", *"dcba",
+                              "--picture", "picture.png"], cwd=tmp_path, capture_output=True,
+                             text=True)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    rows = process.stdout.splitlines()
+    assert rows[2] == "| 2 | 0 1 2 | 2.3 |" + " 60.0 ± 10.0 % |" * 5
+    assert rows[3] == "| 9 | 3 | 9.5 |" + " 80.0 % |" * 5
+    assert Image.open(tmp_path / "picture.png").width >= 1000

@@ -1,0 +1,245 @@
+"""The data: split, augmentation, unusual images, where the dataset is found, drawn faces."""
+
+import io
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import EMOTIONS, flat, make_dataset, script
+from PIL import Image
+
+# Keras's ImageDataGenerator calls SciPy by a name that goes with SciPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:Please import `affine_transform`")
+
+
+def test_split_follows_the_file_names(tmp_path, capsys):
+    """Each image is told by its shade: none changes sides, loses its label or gets lost."""
+    shades = iter(range(7 * 9))
+    known = {}
+
+    def draw(emotion, kind, number):
+        shade = next(shades)
+        known[shade] = (kind, EMOTIONS.index(emotion))
+        return flat(shade)
+
+    make_dataset(tmp_path, 5, 3, 1, draw)
+    training, validation, test = script.load_data(tmp_path, batch_size=8, seed=0)
+    assert len(training) == 5  # 35 images, the last batch is smaller
+    batches = [training[index] for index in range(len(training))]
+    seen = {"Training": [(x, y) for xs, ys in batches for x, y in zip(xs, ys)],
+            "PublicTest": list(zip(*validation)), "PrivateTest": list(zip(*test[:2]))}
+    for kind, pairs in seen.items():
+        assert sorted((int(image[0, 0, 0]), int(label)) for image, label in pairs) == sorted(
+            (shade, label) for shade, (of, label) in known.items() if of == kind)
+    assert "35 training, 21 validation and 7 test images" in capsys.readouterr().out
+
+
+def test_only_training_images_are_augmented(small_dataset):
+    training, validation, test = script.load_data(small_dataset, batch_size=42, seed=0)
+    for kind, (images, labels) in ("PublicTest", validation), ("PrivateTest", test[:2]):
+        files = [small_dataset / "test" / emotion / f"{kind}_{number}.png"
+                 for emotion in EMOTIONS for number in range(2)]
+        assert np.array_equal(images[..., 0], [np.asarray(Image.open(file)) for file in files])
+        assert labels.tolist() == [EMOTIONS.index(file.parent.name) for file in files]
+    originals = [np.asarray(Image.open(file)) for file in small_dataset.glob("train/*/*.png")]
+    first = training[0][0]
+    training.start_epoch(1)
+    second = training[0][0]
+    assert first.dtype == "uint8" and first.shape == (42, 48, 48, 1)
+    for image in first[..., 0]:
+        assert not any(np.array_equal(image, original) for original in originals)
+    training.start_epoch(2)
+    third = training[0][0]
+    for images in first, second[:, :, ::-1]:  # two epochs share variations, others see others
+        assert not {image.tobytes() for image in images} & {image.tobytes() for image in third}
+
+
+def test_every_second_epoch_mirrors_the_images_of_the_one_before(small_dataset):
+    training, _, _ = script.load_data(small_dataset, batch_size=10, seed=0)
+
+    def of_epoch(epoch):
+        training.start_epoch(epoch)
+        return np.concatenate([images for images, _ in training])
+
+    first, second = of_epoch(0), of_epoch(1)[:, :, ::-1]
+    assert not np.array_equal(first, second)  # in another order
+    assert sorted(map(bytes, first)) == sorted(map(bytes, second))
+
+
+def test_batches_are_the_same_in_whatever_order_and_thread_they_are_made(small_dataset):
+    training, _, _ = script.load_data(small_dataset, batch_size=4, seed=3)
+    one_by_one = [training[i] for i in range(len(training))]
+    with ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(training.__getitem__, reversed(range(len(training)))))[::-1]
+    for (images, labels), (same_images, same_labels) in zip(one_by_one, at_once):
+        assert np.array_equal(images, same_images) and np.array_equal(labels, same_labels)
+    training.start_epoch(1)
+    assert not np.array_equal(training[0][1], one_by_one[0][1])  # a new order
+
+
+def test_without_kaggle_names_a_stratified_tenth_is_held_out(tmp_path, capsys):
+    shades = iter(range(7 * 22))
+    make_dataset(tmp_path, 20, 1, 1, lambda *_: flat(next(shades)))
+    for number, file in enumerate(sorted(tmp_path.glob("*/*/*.png"))):
+        file.rename(file.with_name(f"{number}.png"))
+    held_out = []
+    for seed in (3, 3, 4):
+        training, (images, labels), test = script.load_data(tmp_path, batch_size=200, seed=seed)
+        assert np.bincount(labels).tolist() == [2] * 7
+        assert len(training.labels) == 7 * 18 and len(test[0]) == 14
+        held_out.append(images[:, 0, 0, 0].tolist())
+        assert not set(held_out[-1]) & set(training[0][0][:, 0, 0, 0].tolist())
+    assert held_out[0] == held_out[1] != held_out[2]
+    output = capsys.readouterr().out
+    assert output.count("a tenth of train/ is held out for validation") == 3
+
+
+def test_an_emotion_with_one_image_is_trained_on_and_not_held_out(tmp_path):
+    make_dataset(tmp_path, 3, 1, 0)
+    for file in tmp_path.glob("test/*/*"):
+        file.rename(file.with_name("x.png"))
+    for number in 1, 2:
+        (tmp_path / f"train/disgust/Training_{number}.png").unlink()
+    training, (_, labels), _ = script.load_data(tmp_path, batch_size=8, seed=0)
+    disgust = EMOTIONS.index("disgust")
+    assert np.bincount(labels, minlength=7).tolist() == [1, 0, 1, 1, 1, 1, 1]
+    assert np.bincount(training.labels).tolist() == [2, 1, 2, 2, 2, 2, 2] and disgust == 1
+
+
+def test_clean_leaves_out_the_test_images_that_stand_in_train(tmp_path, capsys):
+    make_dataset(tmp_path)
+    shutil.copy(tmp_path / "train/sad/Training_0.png", tmp_path / "test/happy/PrivateTest_1.png")
+    _, _, (images, labels, clean) = script.load_data(tmp_path, batch_size=8, seed=0)
+    assert np.flatnonzero(~clean).tolist() == [2 * EMOTIONS.index("happy") + 1]
+    assert "1 of the test images also stand in train/" in capsys.readouterr().out
+
+
+def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_passed_over(tmp_path):
+    make_dataset(tmp_path, 1, 1, 1, lambda *_: flat(90))
+    Image.new("RGB", (100, 60), (90, 90, 90)).save(tmp_path / "train/fear/Training_0.png")
+    Image.new("L", (96, 96), 90).save(tmp_path / "train/sad/Training_0.png")
+    Image.new("P", (20, 20), 0).save(tmp_path / "train/angry/photo.GIF")
+    for name in ".DS_Store", "Thumbs.db", "._Training_0.png", "notes.txt":
+        (tmp_path / "train/happy" / name).write_text("no image")
+    (tmp_path / "train/.ipynb_checkpoints").mkdir()
+    paths, images, labels = script.read_images(tmp_path / "train")
+    assert images.shape == (8, 48, 48, 1) and images.dtype == "uint8"
+    assert [path.name for path in paths] == ["Training_0.png", "photo.GIF"] + ["Training_0.png"] * 6
+    assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert (np.delete(images, 1, axis=0) == 90).all()
+
+
+def encode(image, kind, **options):
+    """Return the bytes of `image` as a file of the given kind."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
+    grey = Image.new("L", (48, 48), 90)
+    deep = Image.fromarray(np.full((48, 48), 90 * 256, "uint16"))
+    hidden = Image.new("LA", (48, 48))  # black, and nothing of it to be seen
+    hidden.paste((90, 255), (0, 0, 24, 48))
+    hidden.save(tmp_path / "hidden.png")
+    half = script.face_pixels(script.open_image(tmp_path / "hidden.png"))
+    assert (half[:, :24] == 90).all() and (half[:, 24:] == 255).all()
+    animation = {"save_all": True, "append_images": [Image.new("L", (48, 48), 200)]}
+    for name, contents in {
+            "CMYK.jpg": encode(grey.convert("CMYK"), "JPEG", quality=100),
+            "16 bits.png": encode(deep, "PNG"), "16 bits.tif": encode(deep, "TIFF"),
+            "transparency.png": encode(grey.convert("LA"), "PNG"),
+            "the first frame of an animation.gif": encode(grey, "GIF", **animation)}.items():
+        (tmp_path / name).write_bytes(contents)
+        pixels = script.face_pixels(script.open_image(tmp_path / name))
+        assert pixels.shape == (48, 48) and pixels.dtype == "uint8", name
+        assert np.abs(pixels.astype(int) - 90).max() <= 2, name
+        make_dataset(tmp_path, 1, 1, 1)
+        (tmp_path / "train/sad" / name).write_bytes(contents)
+    training, _, _ = script.load_data(tmp_path, 2, 0)
+    output, errors = capfd.readouterr()
+    assert "12 training, 7 validation and 7 test images" in output and errors == ""
+    assert len(training.labels) == 12
+
+
+def test_photos_of_200_megapixels_are_read_and_larger_ones_named(tmp_path):
+    Image.new("L", (16384, 12288), 90).save(tmp_path / "large.png")
+    assert script.open_image(tmp_path / "large.png").size == (16384, 12288)
+    Image.new("1", (20000, 20000)).save(tmp_path / "larger.png")
+    with pytest.raises(script.InputError, match="larger.png is too large: .* 250 megapixels"):
+        script.open_image(tmp_path / "larger.png")
+
+
+def test_names_that_are_not_utf_8(small_dataset, tmp_path, run_here):
+    data = tmp_path / os.fsdecode(b"da\xffta")
+    try:
+        shutil.copytree(small_dataset, data)
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    (data / "train/sad/Training_0.png").rename(data / os.fsdecode(b"train/sad/Training_\xff.png"))
+    options = "--data-dir", data, "--epochs", 1
+    process = run_here(*options, cwd=tmp_path)
+    assert process.returncode == 0 and "42 training" in process.stdout, process.stderr
+    (data / os.fsdecode(b"train/sad/Training_\xff.png")).write_bytes(b"")
+    process = run_here(*options, cwd=tmp_path)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert "Training_" in process.stderr
+
+
+@pytest.fixture
+def kagglehub(small_dataset, tmp_path, monkeypatch):
+    """Put a stand-in for kagglehub first on the path; it notes each call and gives the dataset."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/kagglehub.py").write_text(
+        f"def dataset_download(handle):\n"
+        f"    open({str(tmp_path / 'calls')!r}, 'a').write(handle)\n"
+        f"    return {str(small_dataset)!r}\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "kagglehub", raising=False)
+
+
+def test_the_dataset_is_downloaded_where_there_is_none(kagglehub, tmp_path, run_here):
+    process = run_here("--epochs", 1, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "calls").read_text() == "msambare/fer2013"
+    assert "42 training, 14 validation and 14 test images" in process.stdout
+
+
+def test_data_folder_that_is_there_is_used_however_small_and_nothing_downloaded(
+        kagglehub, tmp_path, run_here):
+    make_dataset(tmp_path / "data", 1, 1, 1)
+    process = run_here("--epochs", 1, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "7 training, 7 validation and 7 test images" in process.stdout
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_mistyped_data_dir_is_an_error_and_never_a_download_or_drawings(
+        kagglehub, tmp_path, run_here):
+    process = run_here("--data-dir", "dta", cwd=tmp_path)
+    assert process.returncode == 2 and "dta" in process.stderr
+    assert not (tmp_path / "calls").exists() and "drawn" not in process.stdout
+
+
+def test_data_folder_that_is_there_is_used_even_where_it_holds_bad_input(
+        kagglehub, tmp_path, run_here):
+    make_dataset(tmp_path / "data", 1, 1, 1)
+    (tmp_path / "data/test/happy/x.jpg").write_text("no image")
+    process = run_here(cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1 and "data/test/happy/x.jpg" in process.stderr
+    assert not (tmp_path / "calls").exists()  # nothing downloaded
+    assert not (tmp_path / "output/unfinished").exists()
+
+
+def test_drawn_faces_have_the_layout_of_the_dataset_and_differ(tmp_path):
+    rng = np.random.default_rng(0)
+    faces = {np.asarray(script.draw_face(emotion, rng)).tobytes()
+             for emotion in EMOTIONS for _ in range(20)}
+    assert len(faces) == 140
+    face = script.draw_face("fear", np.random.default_rng(1))
+    assert face.size == (48, 48) and face.mode == "L"
+    assert face == script.draw_face("fear", np.random.default_rng(1))

@@ -1,0 +1,222 @@
+"""The evaluation, the plots, and what a finished run leaves."""
+
+import csv
+import json
+import math
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import EMOTIONS, OUTPUTS, script
+from PIL import Image
+
+# Keras's ImageDataGenerator calls SciPy by a name that goes with SciPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:Please import `affine_transform`")
+
+
+class Oracle:
+    """Stands in for a network: gives the probabilities it was made with.
+
+    For images that are mirrored, so that the bright side is the right one, it gives others.
+    """
+
+    def __init__(self, probabilities, mirrored=None):
+        self.probabilities = np.array(probabilities)
+        self.mirrored = self.probabilities if mirrored is None else np.array(mirrored)
+        self.images = np.zeros((len(self.probabilities), 48, 48, 1), "uint8")
+        self.images[:, :, :24] = 255
+
+    def __call__(self, images):
+        for image in np.delete(images, np.s_[20:28], axis=2):  # a larger view blurs the middle
+            assert image.min(axis=0).tolist() == image.max(axis=0).tolist()
+            assert image[0, :, 0].tolist() in ([255] * 20 + [0] * 20, [0] * 20 + [255] * 20)
+        is_mirrored, times = images[:, 0, 0, 0] == 0, (len(images) // len(self.images), 1)
+        return np.where(is_mirrored[:, np.newaxis], np.tile(self.mirrored, times),
+                        np.tile(self.probabilities, times))
+
+    def predict(self, images, **_):
+        return self(images)
+
+
+def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
+    labels = np.array([0, 0, 0, 0, 3, 3])  # four angry, two happy
+    predictions = [0, 0, 0, 3, 3, 5]
+    probabilities = np.full((6, 7), 0.05)
+    probabilities[range(6), predictions] = 0.7
+    clean = np.array([True, True, True, False, False, True])
+    oracle = Oracle(probabilities)
+    figures = script.evaluate_model(oracle, oracle.images, labels, clean)
+    assert figures["accuracy"] == figures["single_image_accuracy"] == pytest.approx(4 / 6)
+    assert figures["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert figures["clean_accuracy"] == pytest.approx(3 / 4) and figures["clean_images"] == 4
+    assert figures["loss"] == pytest.approx(-(4 * np.log(0.7) + 2 * np.log(0.05)) / 6)
+    assert figures["emotions"]["angry"] == pytest.approx(
+        {"precision": 1, "recall": 3 / 4, "f1": 6 / 7, "count": 4})
+    assert figures["emotions"]["happy"] == pytest.approx(
+        {"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "count": 2})
+    assert figures["emotions"]["sad"] == {"precision": 0, "recall": 0, "f1": 0, "count": 0}
+    expected = np.zeros((7, 7))
+    expected[0, [0, 3]], expected[3, [3, 5]] = (3, 1), (1, 1)
+    assert np.array_equal(figures["confusion_matrix"], expected)
+    output = capsys.readouterr().out
+    for words in ("accuracy               66.67%", "balanced accuracy      62.50%",
+                  "clean accuracy         75.00%", "single image accuracy  66.67%",
+                  "angry         100.0%    75.0%    85.7%        4"):
+        assert words in output
+
+
+def test_views_are_the_image_higher_and_lower_and_larger_and_mirrored():
+    """90 images, which take more than one call of the network."""
+    images = np.random.default_rng(0).integers(0, 256, (90, 48, 48, 1), "uint8")
+    higher = images[:, np.arange(2, 50).clip(0, 47)]
+    larger = np.stack([  # Pillow's bilinear filter is TensorFlow's, where it enlarges
+        np.asarray(Image.fromarray(image[:44, 2:46, 0].astype("float32")).resize(
+            (48, 48), Image.Resampling.BILINEAR))
+        for image in images])[..., np.newaxis]
+    calls = []
+
+    def network(views):  # tells the views apart: the sum of its probabilities is of no matter
+        calls.append(views)
+        return np.repeat(np.eye(7)[:4], len(views) // 4, axis=0)
+
+    probabilities = script.classify_faces(network, images)
+    for number, expected in enumerate((higher, larger, higher[:, :, ::-1], larger[:, :, ::-1])):
+        seen = np.concatenate([np.split(views, 4)[number] for views in calls])
+        assert np.allclose(seen, expected, atol=0.01)
+    assert len(calls) > 1 and np.allclose(probabilities, [[1 / 4] * 4 + [0] * 3] * 90)
+
+
+def test_evaluate_model_averages_over_the_views():
+    """The first image alone is taken for disgust; with its mirror image, for angry."""
+    single = np.array([[0.4, 0.6, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
+    mirrored = np.array([[0.7, 0.3, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
+    oracle = Oracle(single, mirrored)
+    figures = script.evaluate_model(oracle, oracle.images, np.zeros(2, int), np.ones(2, bool))
+    assert figures["single_image_accuracy"] == 0.5
+    assert figures["accuracy"] == figures["clean_accuracy"] == figures["balanced_accuracy"] == 1
+    assert figures["loss"] == pytest.approx(-(np.log(0.55) + np.log(0.9)) / 2, rel=1e-5)
+
+
+def test_evaluate_model_where_every_test_image_stands_in_train():
+    oracle = Oracle(np.eye(7))
+    figures = script.evaluate_model(oracle, oracle.images, np.arange(7), np.zeros(7, bool))
+    assert figures["accuracy"] == 1 and figures["loss"] == pytest.approx(0, abs=1e-5)
+    assert figures["clean_accuracy"] is None and figures["clean_images"] == 0
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Return the list of the figures that are saved from now on."""
+    saved, savefig = [], script.Figure.savefig
+
+    def save(figure, *arguments, **settings):
+        saved.append(figure)
+        return savefig(figure, *arguments, **settings)
+
+    monkeypatch.setattr(script.Figure, "savefig", save)
+    return saved
+
+
+def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, figures):
+    history = {"epoch": [1, 2, 3], "accuracy": [0.3, 0.5, 0.6], "val_accuracy": [0.4, 0.55, 0.5],
+               "loss": [1.9, 1.4, 1.2], "val_loss": [1.7, 1.3, 1.35]}
+    confusion = np.eye(7, dtype=int) * 3
+    confusion[1, 0] = 1  # one of four disgusted faces taken for angry
+    confusion[6] = 0  # nobody is surprised
+    script.plot_performance(history, confusion.tolist(), tmp_path)
+    for name, figure in zip(("accuracy", "loss"), figures):
+        axes = figure.axes[0]
+        training, validation, best = axes.lines
+        assert training.get_xydata().tolist() == [[1, history[name][0]], [2, history[name][1]],
+                                                  [3, history[name][2]]]
+        assert validation.get_ydata().tolist() == history["val_" + name]
+        assert best.get_xydata().tolist() == [[2, history["val_" + name][1]]]
+        assert [text.get_text() for text in axes.get_legend().get_texts()][-1].startswith(
+            "best epoch: 2")
+        assert name in axes.get_title() and axes.get_xlabel() == "epoch" and axes.get_ylabel()
+        figure.draw_without_rendering()
+        assert all(tick == int(tick) for tick in axes.get_xticks())
+    axes = figures[2].axes[0]
+    texts = {text.get_position(): text.get_text() for text in axes.texts}  # (column, row)
+    assert texts[0, 0] == "100%" and texts[0, 1] == "25%" and texts[1, 1] == "75%"
+    assert texts[6, 6] == "0%" and len(texts) == 49
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == EMOTIONS
+    for name in "accuracy", "loss", "confusion_matrix":
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) >= 800
+            assert len(set(picture.convert("L").tobytes())) > 50  # not blank
+
+
+def test_plot_of_a_single_epoch_has_whole_numbers_on_its_axis(tmp_path, figures):
+    history = {"epoch": [1], "accuracy": [0.3], "val_accuracy": [0.4], "loss": [1.9],
+               "val_loss": [1.7]}
+    script.plot_performance(history, np.eye(7, dtype=int).tolist(), tmp_path)
+    figures[0].draw_without_rendering()
+    assert all(tick == int(tick) for tick in figures[0].axes[0].get_xticks())
+
+
+def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
+    folder, process = demo
+    assert process.returncode == 0, process.stderr
+    assert "means nothing for real faces" in process.stdout
+    metrics = json.loads((folder / "output/metrics.json").read_text())
+    assert metrics["test"]["accuracy"] >= 0.9
+    assert metrics["images"] == {"training": 2100, "validation": 350, "test": 350}
+    assert "drawn faces" in metrics["data"]
+    assert {path.name for path in folder.iterdir()} == {"output"}
+
+
+def test_run_leaves_all_files_and_lists_them(demo):
+    folder, process = demo
+    assert {path.name for path in (folder / "output").iterdir()} == OUTPUTS
+    for name in OUTPUTS:
+        assert name in process.stdout.splitlines()[-1]
+
+
+def test_history_has_a_row_per_epoch(demo):
+    folder, _ = demo
+    with open(folder / "output/history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {"epoch", "accuracy", "loss", "val_accuracy", "val_loss",
+                            "learning_rate", "seconds"}
+    assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
+    metrics = json.loads((folder / "output/metrics.json").read_text())
+    assert len(rows) == metrics["hyper_parameters"]["epochs"]
+    rates = [float(row["learning_rate"]) for row in rows]  # at the start of each epoch
+    highest = metrics["hyper_parameters"]["learning_rate"]
+    cosine = [highest * (1 + math.cos(math.pi * done / len(rows))) / 2 for done in range(len(rows))]
+    assert rates == pytest.approx(cosine, rel=1e-3)
+    best = max(rows, key=lambda row: float(row["val_accuracy"]))
+    assert metrics["best_epoch"] == int(best["epoch"])
+    assert metrics["validation"]["accuracy"] == pytest.approx(float(best["val_accuracy"]))
+
+
+def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
+    folder, process = demo
+    metrics = json.loads((folder / "output/metrics.json").read_text())
+    assert metrics["seed"] == 0
+    assert metrics["seconds"] > sum(float(row["seconds"]) for row in csv.DictReader(
+        (folder / "output/history.csv").read_text().splitlines()))
+    assert set(metrics["hyper_parameters"]) == {
+        "epochs", "batch_size", "learning_rate", "precision"}
+    assert metrics["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert metrics["versions"]["keras"] == keras.__version__ and metrics["versions"]["tensorflow"]
+    assert process.stdout.startswith(
+        f"{metrics['processor']}, {metrics['hyper_parameters']['precision']}\n")
+    confusion = np.array(metrics["test"]["confusion_matrix"])
+    assert confusion.sum() == 350
+    assert metrics["test"]["accuracy"] == pytest.approx(np.trace(confusion) / 350)
+
+
+def test_saved_model_alone_gives_the_accuracy_of_the_best_epoch(demo, tmp_path):
+    """The file is the best epoch's network, and it takes pixels as they are."""
+    folder, _ = demo
+    model = keras.models.load_model(folder / "output/emotion_recognition_cnn.keras")
+    metrics = json.loads((folder / "output/metrics.json").read_text())
+    script.draw_faces(tmp_path, seed=0)
+    _, validation, test = script.load_data(tmp_path, batch_size=64, seed=0)
+    for (images, labels), accuracy in ((validation, metrics["validation"]["accuracy"]),
+                                       (test[:2], metrics["test"]["single_image_accuracy"])):
+        predictions = model.predict(images, verbose=0).argmax(axis=1)
+        assert np.mean(predictions == labels) == pytest.approx(accuracy)

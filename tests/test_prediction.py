@@ -1,0 +1,231 @@
+"""Faces in photos: finding, framing, classifying and drawing them."""
+
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import skimage.data
+from conftest import EMOTIONS, foreign_model, run, script
+from PIL import Image
+
+# Keras's ImageDataGenerator calls SciPy by a name that goes with SciPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:Please import `affine_transform`")
+
+
+@pytest.fixture(scope="module")
+def astronaut():
+    """Return a photo (PIL image, 512x512) of a woman whose face is about (182, 64, 265, 171)."""
+    return Image.fromarray(skimage.data.astronaut())
+
+
+@pytest.fixture
+def trained(demo, tmp_path_factory):
+    """Return an output folder with nothing but a trained network."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copy(demo[0] / "output" / script.MODEL, folder)
+    return folder
+
+
+class Detector:
+    """Stands in for MTCNN: finds faces in the boxes it was made with, whatever the photo."""
+
+    def __init__(self, *boxes):
+        self.boxes = boxes
+
+    def detect_faces(self, pixels, **_):
+        self.shape = pixels.shape
+        return [{"box": box, "confidence": 1.0} for box in self.boxes]
+
+
+def predict(paths, output_dir, capsys, detect=True):
+    """Classify photos; return whether all could be read, the faces as dicts, and stderr."""
+    capsys.readouterr()
+    all_read = script.predict_emotions(paths, output_dir, detect, True)
+    printed = capsys.readouterr()
+    return all_read, [json.loads(line) for line in printed.out.splitlines()], printed.err
+
+
+def test_predictions_are_those_of_the_evaluation(demo, trained, tmp_path):
+    """The test images, predicted from the command line, give the accuracy of metrics.json."""
+    script.draw_faces(tmp_path / "data", 0)  # those that the demo drew
+    # A package that cannot be imported stands in the way of MTCNN's: --no-detect needs none.
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages/mtcnn.py").write_text("raise SystemExit('imported')")
+    paths = sorted((tmp_path / "data/test").glob("*/PrivateTest_*"))
+    process = run("--predict", *paths, "--no-detect", "--json", "--output-dir", trained,
+                  cwd=tmp_path, PYTHONPATH=str(tmp_path / "packages"))
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    faces = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [face["file"] for face in faces] == list(map(str, paths))
+    correct = [face["emotion"] == path.parent.name for face, path in zip(faces, paths)]
+    metrics = json.loads((demo[0] / "output/metrics.json").read_text())["test"]
+    assert np.mean(correct) == metrics["accuracy"]
+
+    _, _, (images, labels, clean) = script.load_data(tmp_path / "data", 64, 0)
+    model = keras.models.load_model(trained / script.MODEL)
+    probabilities = script.classify_faces(model, images)
+    predicted = np.array([list(face["probabilities"].values()) for face in faces])
+    assert np.abs(predicted - probabilities).max() <= 1e-5
+    assert [EMOTIONS[i] for i in probabilities.argmax(1)] == [face["emotion"] for face in faces]
+    assert np.allclose(predicted.max(1), [face["confidence"] for face in faces])
+    assert list(faces[0]["probabilities"]) == EMOTIONS and faces[0]["face"] == 1
+
+
+def test_photos_from_the_command_line(trained, astronaut, tmp_path):
+    """A table, a picture per photo and folder, and one bad photo that does not stop the others."""
+    shutil.copytree(trained, tmp_path / "output")
+    (tmp_path / "album/deep").mkdir(parents=True)
+    pair = Image.new("RGB", (700, 300), "grey")
+    pair.paste(astronaut.crop((100, 0, 350, 250)), (50, 25))
+    pair.paste(astronaut.crop((100, 0, 350, 250)).rotate(5), (400, 25))
+    pair.save(tmp_path / "album/pair.png")
+    for no_photo in "list.txt", "._pair.png":
+        (tmp_path / "album" / no_photo).write_text("no photo")
+    script.draw_face("happy", np.random.default_rng(0)).save(tmp_path / "album/deep/pair.jpg")
+    Image.fromarray(skimage.data.brick()).save(tmp_path / "wall.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "album/pair.png").read_bytes()[:9000])
+    process = run("--predict", "cut.png", "album", "wall.png", "gone.png", cwd=tmp_path)
+    assert process.returncode == 2, process.stderr
+    rows = [line.split() for line in process.stdout.splitlines() if line]
+    assert rows[0] == ["file", "face", "emotion", "confidence", *EMOTIONS]
+    assert [row[:2] for row in rows[1:4]] == [
+        ["album/deep/pair.jpg", "1"], ["album/pair.png", "1"], ["album/pair.png", "2"]]
+    for row in rows[1:4]:
+        shares = [float(share.strip("%")) for share in row[4:]]
+        assert sum(shares) == pytest.approx(100, abs=0.5)
+        assert float(row[3].strip("%")) == max(shares)
+        assert row[2] == EMOTIONS[np.argmax(shares)]
+    assert rows[4:] == [["Pictures", "saved", "in", "output/predictions"]]
+    errors = process.stderr.splitlines()
+    assert len(errors) == 3
+    assert errors[0].startswith("error: cut.png ") and errors[2].startswith("error: gone.png ")
+    assert errors[1].startswith("wall.png: no face") and "--no-detect" in errors[1]
+    pictures = sorted((tmp_path / "output/predictions").iterdir())
+    assert [file.name for file in pictures] == ["2_pair.emotions.jpg", "3_pair.emotions.jpg"]
+    assert all(min(Image.open(file).size) >= 480 for file in pictures)
+
+
+def test_a_photo_is_read_as_a_person_sees_it(trained, astronaut, tmp_path, capsys):
+    photo = astronaut.crop((100, 0, 350, 250))
+    sideways = Image.Exif()
+    sideways[274] = 6  # turn by 90 degrees clockwise to look at it
+    grey = np.asarray(photo.convert("L")).astype("uint16") * 256
+    for name, image, options in [
+            ("upright.png", photo, {}), ("grey.png", photo.convert("L"), {}),
+            ("sideways.png", photo.transpose(Image.Transpose.ROTATE_90), {"exif": sideways}),
+            ("16 bits.png", Image.fromarray(grey), {}),
+            ("CMYK.jpg", photo.convert("CMYK"), {"quality": 100}),
+            ("palette.gif", photo.convert("P", palette=Image.Palette.ADAPTIVE), {})]:
+        image.save(tmp_path / name, **options)
+    all_read, faces, errors = predict([tmp_path], trained, capsys)
+    assert all_read and errors == "" and len(faces) == 6
+    upright = faces[-1]
+    assert upright["file"].endswith("upright.png")
+    for face in faces:
+        # The square around the face is 1.25 times as wide as MTCNN's box, 83 pixels.
+        assert np.abs(np.subtract(face["box"], (72, 66, 176, 170))).max() <= 12, face
+        assert np.abs(np.subtract(list(face["probabilities"].values()),
+                                  list(upright["probabilities"].values()))).max() < 0.2, face
+
+
+def test_what_already_is_a_face_is_classified_as_it_is(trained, astronaut, tmp_path, capsys):
+    crop = astronaut.crop((170, 64, 274, 168))
+    for size in 48, 64, 200:
+        crop.resize((size, size), Image.Resampling.LANCZOS).save(tmp_path / f"{size:03}.png")
+    _, faces, _ = predict([tmp_path], trained, capsys)
+    assert [face["box"] for face in faces] == [[0, 0, size, size] for size in (48, 64, 200)]
+    astronaut.save(tmp_path / "whole.png")
+    _, (face,), _ = predict([tmp_path / "whole.png"], trained, capsys)
+    assert 90 < face["box"][2] - face["box"][0] < 125
+    _, (face,), _ = predict([tmp_path / "whole.png"], trained, capsys, detect=False)
+    assert face["box"] == [0, 0, 512, 512]
+
+
+def test_faces_are_framed_as_those_of_the_dataset():
+    """A square around the middle of MTCNN's box, 1.25 times as wide; in a photo of any size."""
+    detector = Detector([60, 20, 40, 52], [10, 20, 40, 52])
+    boxes = script.find_faces(Image.new("L", (600, 100)), detector)
+    assert boxes == [(5, 21, 55, 71), (55, 21, 105, 71)]  # from left to right
+    assert detector.shape == (100, 600, 3)
+    boxes = script.find_faces(Image.new("RGB", (6400, 1000)), Detector([10, 20, 40, 52]))
+    assert boxes == [(25, 105, 275, 355)]  # the detector saw a fifth of it
+    filled = Detector([25, 10, 60, 80])
+    assert script.find_faces(Image.new("L", (100, 100)), filled) == [(0, 0, 100, 100)]
+    assert script.find_faces(Image.new("L", (130, 100)), filled) != [(0, 0, 130, 100)]
+    assert script.find_faces(Image.new("L", (100, 100)), Detector()) == []
+
+
+def test_a_face_beyond_the_edge_of_the_photo_repeats_the_edge():
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48), "uint8")
+    photo = Image.fromarray(pixels)
+    assert np.array_equal(script.face_pixels(photo), pixels)
+    assert np.array_equal(script.face_pixels(photo, (0, 0, 48, 48)), pixels)
+    shifted = script.face_pixels(photo, (-2, 1, 46, 49))
+    assert np.array_equal(shifted[:-1, 2:], pixels[1:, :-2])
+    assert (shifted[:-1, :2] == pixels[1:, :1]).all() and (shifted[-1, 2:] == pixels[-1, :-2]).all()
+
+
+def test_picture_frames_the_faces_and_shows_what_they_were_taken_for():
+    shares = np.array([[0.5, 0, 0.3, 0, 0.2, 0, 0], [0, 0, 0, 1.0, 0, 0, 0]])
+    boxes = [(0, 0, 80, 80), (280, 40, 340, 100)]  # one in the corner, one beyond the edge
+    figure = script.draw_predictions(Image.new("L", (300, 400), "white"), boxes, shares)
+    scene, table = figure.axes
+    for frame, (left, top, right, bottom) in zip(scene.lines, boxes, strict=True):
+        assert set(map(tuple, frame.get_xydata())) == {
+            (left, top), (right, top), (right, bottom), (left, bottom)}
+    assert [text.get_text() for text in scene.texts] == ["1 angry", "2 happy"]
+    assert scene.get_xlim() == (-0.5, 299.5) and scene.get_ylim() == (399.5, -0.5)
+    texts = {text.get_position(): text.get_text() for text in table.texts}  # (column, row)
+    assert [texts[column, 0] for column in (0, 1, 2, 4)] == ["50%", "0%", "30%", "20%"]
+    assert texts[3, 1] == "100%" and len(texts) == 14
+    assert [tick.get_text() for tick in table.get_yticklabels()] == ["1 angry", "2 happy"]
+    assert [tick.get_text() for tick in table.get_xticklabels()] == EMOTIONS
+
+
+def test_picture_of_a_photo_that_is_all_face_has_no_frame():
+    figure = script.draw_predictions(Image.new("L", (100, 100)), [(0, 0, 100, 100)], np.eye(7)[:1])
+    assert not figure.axes[0].lines and not figure.axes[0].texts
+
+
+def test_narrow_photos_do_not_stop_the_others(trained, tmp_path, capsys):
+    script.draw_face("happy", np.random.default_rng(0)).save(tmp_path / "z.png")
+    for number, size in enumerate([(1, 2000), (2000, 1), (19, 100), (30, 3000), (20, 65)]):
+        Image.new("L", size, 90).save(tmp_path / f"{number}.png")
+    for detect in True, False:
+        capsys.readouterr()
+        assert script.predict_emotions([tmp_path], trained, detect, False)
+        rows, errors = capsys.readouterr()
+        assert rows.count(".png") == (1 if detect else 6) and str(tmp_path / "z.png") in rows
+        assert errors.count("no face found") == (5 if detect else 0)
+
+
+def test_pictures_never_overwrite_a_photo(trained, capsys):
+    photo = trained / "predictions/face.jpg"
+    photo.parent.mkdir()
+    script.draw_face("sad", np.random.default_rng(0)).save(photo)
+    before = photo.read_bytes()
+    assert script.predict_emotions([photo], trained, True, False) and photo.read_bytes() == before
+    assert (photo.parent / "1_face.emotions.jpg").exists()
+    assert str(photo.parent) in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_json_draws_nothing(trained, tmp_path, capsys):
+    script.draw_face("sad", np.random.default_rng(0)).save(tmp_path / "face.png")
+    _, (face,), _ = predict([tmp_path / "face.png"], trained, capsys)
+    assert set(face) == {"file", "face", "box", "emotion", "confidence", "probabilities"}
+    assert not (trained / "predictions").exists()
+
+
+@pytest.mark.parametrize("damage, words", [
+    (None, ["missing", "train one", "--output-dir"]),
+    (lambda path: path.write_bytes(b"not a network"), ["damaged"]),
+    (foreign_model, ["no network of this script"])])
+def test_without_a_trained_network_there_is_one_line(tmp_path, damage, words):
+    if damage:
+        damage(tmp_path / script.MODEL)
+    with pytest.raises(script.InputError) as raised:
+        script.predict_emotions([tmp_path / "x.png"], tmp_path, True, False)
+    assert all(word in str(raised.value) for word in [*words, script.MODEL])
+    assert len(list(tmp_path.iterdir())) == bool(damage)

@@ -1,0 +1,460 @@
+"""The network, its training, and runs that are interrupted, killed or short of room."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import keras
+import numpy as np
+import pytest
+from conftest import (
+    OUTPUTS, RUN, SCRIPT, assert_same_run, flat, foreign_model, kept_history, options, read_history,
+    run, script, start, wait_for_epoch)
+from PIL import Image
+
+# Keras's ImageDataGenerator calls SciPy by a name that goes with SciPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:Please import `affine_transform`")
+
+
+def test_network_is_two_convolution_blocks_flatten_and_two_dense_layers():
+    model = script.create_CNN()
+    kinds = [type(layer).__name__ for layer in model.layers]
+    free = {"LayerNormalization", "BatchNormalization", "ReLU", "Dropout"}
+    assert [kind for kind in kinds if kind not in free] == [
+        "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D", "Flatten", "Dense", "Dense"]
+    assert model.input_shape == (None, 48, 48, 1) and model.output_shape == (None, 7)
+    assert model.layers[-1].activation is keras.activations.softmax
+
+
+def test_light_and_contrast_do_not_change_the_prediction():
+    rng = np.random.default_rng(0)
+    images = rng.uniform(60, 120, (4, 48, 48, 1))
+    model = script.create_CNN()
+    assert np.allclose(model(images), model(2 * images - 60), atol=1e-3)
+    assert np.allclose(np.sum(model(images), axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("sse2 avx2 avx512f", "float32"), ("avx512f avx512_bf16", "mixed_bfloat16"),
+    ("amx_tile amx_bf16", "mixed_bfloat16"), ("", "float32")])
+def test_bfloat16_only_where_the_processor_has_it(monkeypatch, flags, expected):
+    monkeypatch.setattr(script.tf.config, "list_physical_devices", lambda kind: [])
+    monkeypatch.setattr(script, "CPUINFO", f"model name\t: Tester 1\nflags\t\t: {flags}\n")
+    assert script.fastest_precision() == expected
+    assert script.processor_name() == "Tester 1"
+
+
+@pytest.mark.parametrize(("details", "expected"), [
+    ({"compute_capability": (8, 0)}, "mixed_float16"), ({"compute_capability": (6, 1)}, "float32"),
+    ({}, "float32")])
+def test_float16_only_on_gpus_that_have_tensor_cores(monkeypatch, details, expected):
+    monkeypatch.setattr(script.tf.config, "list_physical_devices", lambda kind: ["a GPU"])
+    monkeypatch.setattr(script.tf.config.experimental, "get_device_details", lambda gpu: details)
+    assert script.fastest_precision() == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_saved_model_predicts_in_float32(small_dataset, tmp_path, capfd, precision):
+    training, validation, test = script.load_data(small_dataset, batch_size=8, seed=3)
+    keras.config.set_dtype_policy(precision)
+    try:
+        model = script.create_CNN()
+        assert {layer.compute_dtype for layer in model.layers[:-1]} == {precision.split("_")[-1]}
+        script.train_model(model, training, validation, options(), tmp_path)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    saved = keras.models.load_model(tmp_path / "emotion_recognition_cnn.keras")
+    assert {layer.compute_dtype for layer in saved.layers} == {"float32"}
+    predictions = saved.predict(test[0], verbose=0)
+    assert predictions.dtype == "float32"
+    assert np.array_equal(predictions, model.predict(test[0], verbose=0))
+
+
+def test_images_of_rare_emotions_weigh_more(tmp_path, monkeypatch):
+    labels = np.repeat(range(7), [8, 1, 8, 27, 8, 8, 8])
+    images = np.zeros((len(labels), 48, 48, 1), "uint8")
+
+    class Fitted(Exception):
+        pass
+
+    def fit(model, *data, class_weight, **settings):
+        raise Fitted(class_weight)
+
+    monkeypatch.setattr(keras.Sequential, "fit", fit)
+    with pytest.raises(Fitted) as fitted:
+        script.train_model(script.create_CNN(), script.AugmentedBatches(images, labels, 16, 0),
+                           (images, labels), options(), tmp_path)
+    weight = np.array([fitted.value.args[0][label] for label in range(7)])
+    assert weight / weight[0] == pytest.approx([1, 2, 1, 2 / 3, 1, 1, 1])  # cube roots of rarity
+    assert weight[labels].mean() == pytest.approx(1)
+
+
+def test_one_and_two_workers_give_the_same_history(small_dataset, tmp_path, capfd):
+    histories = []
+    for workers in (1, 2):
+        training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
+        training.workers = workers
+        keras.utils.set_random_seed(3)
+        history = script.train_model(script.create_CNN(), training, validation, options(3),
+                                     tmp_path / str(workers))
+        histories.append(history | {"seconds": None})
+    assert histories[0] == histories[1] and len(histories[0]["loss"]) == 3
+
+
+def test_same_seed_same_history(small_dataset, tmp_path):
+    options = "--data-dir", small_dataset, "--epochs", 3, "--batch-size", 16
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda name: run(*options, "--output-dir", name, "--seed", 5,
+                                              cwd=tmp_path), "ab"))
+    assert [process.returncode for process in runs] == [0, 0], runs
+    a, b = (read_history(tmp_path / name) for name in "ab")
+    assert len(a) == 3 and a == b
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
+    assert a["test"] == b["test"]
+
+
+@pytest.mark.parametrize("within, epochs", [("train_step", 0), ("test_step", 1)])
+def test_ctrl_c_within_tensorflow_comes_out_after_it(
+        small_dataset, tmp_path, monkeypatch, capfd, within, epochs):
+    step, presses = getattr(keras.Sequential, within), iter([signal.SIGINT])
+
+    def press_and_step(*arguments):  # it may be traced twice
+        for press in presses:
+            signal.raise_signal(press)
+        return step(*arguments)
+
+    monkeypatch.setattr(keras.Sequential, within, press_and_step)
+    training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        script.train_model(script.create_CNN(), training, validation, options(),
+                           tmp_path / "unfinished")
+    assert interrupt.traceback[-1].name == "on_train_batch_end"  # not within TensorFlow
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(kept_history(tmp_path).get("epoch", [])) == epochs
+
+
+def test_ctrl_c_does_what_it_did_after_a_fit_that_failed(small_dataset, tmp_path, monkeypatch):
+    def fit(*_, **__):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(keras.Sequential, "fit", fit)
+    training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match="broken"):
+        script.train_model(script.create_CNN(), training, validation, options(), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+# --- Interruption and resuming ----------------------------------------------------
+
+
+def test_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
+        small_dataset, whole_run, tmp_path):
+    for kill in range(2):
+        resume = ["--resume", "--output-dir", "output"] if kill else [
+            "--data-dir", small_dataset, *RUN]
+        process = start(*resume, cwd=tmp_path)
+        wait_for_epoch(process, tmp_path)
+        seconds = kept_history(tmp_path / "output")["seconds"][-1]
+        time.sleep(random.uniform(0, seconds / 2))  # into the saving, or into the next epoch
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    process = run("--resume", "--output-dir", "output", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert_same_run(tmp_path, whole_run)
+    assert {path.name for path in (tmp_path / "output").iterdir()} == OUTPUTS
+
+
+def test_float16_resumes_exactly_although_the_loss_scale_skips_steps(
+        small_dataset, tmp_path, monkeypatch, capfd):
+    """A scale that grows every second step soon is too large, and a step is left out."""
+    original, optimizers = keras.optimizers.LossScaleOptimizer.__init__, []
+
+    def grow_fast(optimizer, *inner, **settings):
+        original(optimizer, *inner, **settings | {"dynamic_growth_steps": 2})
+        optimizers.append(optimizer)
+
+    monkeypatch.setattr(keras.optimizers.LossScaleOptimizer, "__init__", grow_fast)
+    training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
+    keras.config.set_dtype_policy("mixed_float16")
+
+    def train(folder):
+        keras.utils.set_random_seed(3)
+        model = script.create_CNN()
+        history = script.train_model(model, training, validation, options(5), tmp_path / folder)
+        return history | {"seconds": None}, model.get_weights()
+
+    try:
+        history, weights = train("whole")
+        replace, kept = os.replace, []
+
+        def press_ctrl_c(source, target):
+            replace(source, target)
+            kept.append(target)
+            if len(kept) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            train("interrupted")
+        assert int(optimizers[-1].inner_optimizer.iterations) < 2 * len(training)  # some left out
+        resumed_history, resumed_weights = train("interrupted")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert resumed_history == history and len(history["loss"]) == 5
+    assert all(map(np.array_equal, resumed_weights, weights))
+
+
+def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(
+        small_dataset, whole_run, tmp_path, run_here):
+    process = start("--data-dir", small_dataset, *RUN, cwd=tmp_path)
+    unfinished = tmp_path / "output/unfinished"
+    wait_for_epoch(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    epochs = len(kept_history(tmp_path / "output")["epoch"])
+    assert errors.strip().count("\n") == 0 and "--resume" in errors
+    assert f"{epochs} epochs are kept in output/unfinished" in errors
+    for name in "accuracy.png", "loss.png":
+        assert Image.open(unfinished / name).size[0] >= 800
+
+    # Neither a run that forgets about it nor one with other settings touches it.
+    kept = {path.name: path.read_bytes() for path in unfinished.iterdir()}
+    for arguments, word in ((RUN, "--resume"), (("--resume", "--epochs", "9"), "--epochs"),
+                            (("--resume", "--seed", "1"), "--seed"),
+                            (("--resume", "--data-dir", "elsewhere"), "--data-dir")):
+        refused = run_here(*arguments, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert refused.stderr.count("\n") == 1 and word in refused.stderr
+    assert kept == {path.name: path.read_bytes() for path in unfinished.iterdir()}
+
+    process = run_here("--resume", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_ctrl_c_before_the_first_epoch_leaves_nothing(small_dataset, tmp_path):
+    process = start("--data-dir", small_dataset, "--epochs", "3", cwd=tmp_path)
+    assert process.stdout.readline()  # the processor: what follows is reading and training
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "interrupted; no epoch is kept"
+    assert not (tmp_path / "output/unfinished").exists()
+
+
+def test_earlier_results_stay_whole_until_the_next_run_has_its_own(
+        small_dataset, whole_run, tmp_path, run_here):
+    shutil.copytree(whole_run / "output", tmp_path / "output")
+    (tmp_path / "output/predictions").mkdir()
+    for name in "1_face.emotions.jpg", "face.jpg":  # a picture of the earlier network, a photo
+        flat(90).save(tmp_path / "output/predictions" / name)
+    before = {name: (tmp_path / "output" / name).read_bytes() for name in OUTPUTS}
+    of_run = "--data-dir", small_dataset, *RUN, "--seed", 1
+    process = start(*of_run, cwd=tmp_path)
+    wait_for_epoch(process, tmp_path)
+    process.kill()
+    process.communicate()
+    assert before == {name: (tmp_path / "output" / name).read_bytes() for name in OUTPUTS}
+    shutil.rmtree(tmp_path / "output/unfinished")
+    assert run_here(*of_run, cwd=tmp_path).returncode == 0
+    after = {name: (tmp_path / "output" / name).read_bytes() for name in OUTPUTS}
+    assert [path.name for path in (tmp_path / "output/predictions").iterdir()] == ["face.jpg"]
+    assert all(before[name] != after[name] for name in OUTPUTS)
+    one, other = read_history(whole_run / "output"), read_history(tmp_path / "output")
+    assert len(one) == len(other) and one != other  # of another seed
+
+
+def test_a_run_has_its_folder_for_itself_until_it_ends_or_is_killed(
+        small_dataset, whole_run, tmp_path, run_here):
+    of_run = "--data-dir", small_dataset, *RUN
+
+    def assert_refused(*arguments):
+        refused = run_here(*arguments, cwd=tmp_path)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+        assert "output/unfinished is in use by another run" in refused.stderr
+        assert "--output-dir" in refused.stderr and "Epoch" not in refused.stdout
+
+    process = start(*of_run, cwd=tmp_path)
+    assert process.stdout.readline()  # in its first epoch, or reading
+    assert_refused(*of_run)
+    assert_refused("--demo")
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "output/unfinished").exists()
+    process = start(*of_run, cwd=tmp_path)
+    wait_for_epoch(process, tmp_path)
+    assert_refused(*of_run)
+    assert_refused("--resume")
+    _, errors = process.communicate(timeout=280)
+    assert process.returncode == 0, errors
+    assert_same_run(tmp_path, whole_run)
+
+
+# Runs the script with an os.replace that fails at the second checkpoint, as on a full disk.
+FULL_DISK = """
+import errno, os, runpy, sys
+replace, checkpoints = os.replace, []
+def full(source, target):
+    if str(target).endswith("checkpoint.npz"):
+        checkpoints.append(target)
+        if len(checkpoints) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+    replace(source, target)
+os.replace = full
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_full_disk_gives_one_line_and_the_run_can_go_on(
+        small_dataset, whole_run, tmp_path, run_here):
+    process = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, SCRIPT, "--data-dir", small_dataset, *RUN],
+        cwd=tmp_path, text=True, capture_output=True, timeout=280)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1, process.stderr
+    for words in ("checkpoint.npz", "No space left on device", "kept", "--resume"):
+        assert words in process.stderr
+    process = run_here("--resume", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert_same_run(tmp_path, whole_run)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a function that mounts a disk of so many megabytes, and gives its folder."""
+    mounted = []
+
+    def mount(megabytes):
+        folder = tmp_path / f"disk of {megabytes} MB"
+        folder.mkdir()
+        mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs",
+                                   folder], capture_output=True, text=True)
+        if mounting.returncode:
+            pytest.skip(f"mounting a small disk needs root: {mounting.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    if not shutil.which("mount"):
+        pytest.skip("there is no mount here")
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize(("megabytes", "epochs"), [(40, 0), (120, 1)])
+def test_really_full_disk(
+        small_dataset, small_disk, whole_run, tmp_path, run_here, megabytes, epochs):
+    """A checkpoint is of 78 MB, and the one before stays until it is whole."""
+    disk = small_disk(megabytes)
+    process = run("--data-dir", small_dataset, *RUN[:-1], disk / "output", cwd=tmp_path)
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.count("\n") == 1 and "No space left on device" in process.stderr
+    assert (f"{epochs} epochs are kept" if epochs else "no epoch is kept") in process.stderr
+    assert str(disk) in process.stderr
+    assert (disk / "output/unfinished").exists() == bool(epochs)
+    if epochs:  # with more room, it goes on
+        shutil.copytree(disk / "output", tmp_path / "output")
+        process = run_here("--resume", cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        assert_same_run(tmp_path, whole_run)
+
+
+def test_output_folder_that_vanishes_during_training(small_dataset, whole_run, tmp_path):
+    """The epochs before are not lost: the next one makes the folder again, and keeps them all."""
+    process = start("--data-dir", small_dataset, *RUN, cwd=tmp_path)
+    wait_for_epoch(process, tmp_path)
+    (tmp_path / "output").rename(tmp_path / "elsewhere")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and errors == "", errors
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_output_folder_that_vanishes_and_cannot_be_made_again(small_dataset, tmp_path):
+    process = start("--data-dir", small_dataset, *RUN, cwd=tmp_path)
+    wait_for_epoch(process, tmp_path)
+    (tmp_path / "output").rename(tmp_path / "elsewhere")
+    (tmp_path / "output").write_text("in the way")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and errors.count("\n") == 1, errors
+    assert "output/unfinished" in errors and "no epoch is kept" in errors
+    assert (tmp_path / "output").read_text() == "in the way"
+    assert kept_history(tmp_path / "elsewhere")["epoch"]
+
+
+def test_loss_that_is_not_finite_ends_the_run(small_dataset, whole_run, tmp_path, run_here):
+    shutil.copytree(whole_run / "output", tmp_path / "output")
+    process = run_here("--data-dir", small_dataset, *RUN, "--learning-rate", "1e30", cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert "the loss is NaN or infinite" in process.stderr and "--learning-rate" in process.stderr
+    assert {path.name for path in (tmp_path / "output").iterdir()} == OUTPUTS
+    assert read_history(tmp_path / "output") == read_history(whole_run / "output")
+
+
+@pytest.fixture(scope="module")
+def unfinished_run(small_dataset, tmp_path_factory):
+    """Return the folder of a run, on the dataset in data/ there, that was killed after an epoch."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    shutil.copytree(small_dataset, folder / "data")
+    process = start("--data-dir", "data", *RUN, cwd=folder)
+    wait_for_epoch(process, folder)
+    process.kill()
+    process.communicate()
+    assert kept_history(folder / "output")
+    return folder
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: shutil.copy(data / "train/sad/Training_0.png", data / "train/sad/Training_1.png"),
+    lambda data: shutil.copy(data / "train/sad/Training_0.png", data / "test/sad/PublicTest_1.png"),
+    lambda data: (data / "test/sad/PrivateTest_1.png").rename(data / "test/fear/PrivateTest_9.png"),
+    lambda data: (data / "train/sad/Training_0.png").rename(data / "train/happy/Training_9.png")])
+def test_resume_notices_that_the_data_changed(
+        small_dataset, unfinished_run, tmp_path, run_here, change):
+    shutil.copytree(small_dataset, tmp_path / "data")
+    shutil.copytree(unfinished_run / "output", tmp_path / "output")
+    change(tmp_path / "data")
+    kept = kept_history(tmp_path / "output")
+    process = run_here("--resume", cwd=tmp_path)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
+    assert "the images or the script have changed" in process.stderr
+    assert "output/unfinished" in process.stderr and kept_history(tmp_path / "output") == kept
+
+
+def state_of_nothing(path):
+    """Write a checkpoint that is whole and says nothing."""
+    np.savez(path, "[]")
+
+
+def of_another_network(path):
+    """Write the checkpoint of a network with other layers, on the same data."""
+    with np.load(path) as file:
+        state, first, *others = file.values()
+    np.savez(path, state, first[:-1], *others)
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda path: path.write_text("no archive"), ["checkpoint.npz is damaged", "delete"]),
+    (lambda path: path.write_bytes(path.read_bytes()[:-9000]), ["checkpoint.npz is damaged"]),
+    (lambda path: path.write_bytes(b""), ["checkpoint.npz is damaged"]),
+    (foreign_model, ["checkpoint.npz is damaged"]),
+    (state_of_nothing, ["checkpoint.npz is damaged"]),
+    (of_another_network, ["the script have changed", "output/unfinished", "delete"])])
+def test_damaged_or_foreign_state_gives_one_line(unfinished_run, tmp_path, damage, words, run_here):
+    shutil.copytree(unfinished_run, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "output/unfinished/checkpoint.npz")
+    process = run_here("--resume", cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1, process.stderr
+    assert all(word in process.stderr for word in words), process.stderr
