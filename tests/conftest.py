@@ -29,12 +29,16 @@ OUTPUTS = {"accuracy.png", "loss.png", "confusion_matrix.png", "history.csv", "m
 RUN = "--epochs", "6", "--batch-size", "8", "--output-dir", "output"
 
 
-# Keras's ImageDataGenerator calls SciPy by a name that goes with SciPy 2.
 def run(*arguments, cwd, **environment):
     """Run the script as a user would; return the finished process."""
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=280,
                           env={**os.environ, **environment})
+
+
+def pytest_collection_modifyitems(items):
+    """Put what waits for the demo last: it trains beside the other tests."""
+    items.sort(key=lambda item: "demo" in item.fixturenames)
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def test_picture_frames_the_faces_and_shows_what_they_were_taken_for():
         assert set(map(tuple, frame.get_xydata())) == {
             (left, top), (right, top), (right, bottom), (left, bottom)}
     assert [text.get_text() for text in scene.texts] == ["1 angry", "2 happy"]
-    assert scene.get_xlim() == (-0.5, 299.5) and scene.get_ylim() == (399.5, -0.5)
+    assert scene.get_xlim() == (0, 300) and scene.get_ylim() == (400, 0)
     texts = {text.get_position(): text.get_text() for text in table.texts}  # (column, row)
     assert [texts[column, 0] for column in (0, 1, 2, 4)] == ["50%", "0%", "30%", "20%"]
     assert texts[3, 1] == "100%" and len(texts) == 14
