@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # without AVX-512, TensorFlow leaves it off
 # TensorFlow 2.21 logs before it reads that level, straight to descriptor 2: that points elsewhere.
 stderr = os.dup(2)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -55,8 +56,7 @@ Image.MAX_IMAGE_PIXELS = 125_000_000  # Pillow reads twice as many: phones take 
 EMOTIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 IMAGE_SIZE = (48, 48)  # height, width
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-MODEL = "emotion_recognition_cnn.keras"
-CHECKPOINT = "checkpoint.npz"  # of a run that is not finished
+MODEL, CHECKPOINT = "emotion_recognition_cnn.keras", "checkpoint.npz"  # finished, unfinished run
 
 
 class InputError(Exception):
@@ -476,7 +476,8 @@ def draw_predictions(photo, boxes, probabilities):
     heights = np.clip(8 * photo.height / photo.width, 3, 10), 1.5 + 0.4 * len(names)  # inches
     figure = Figure(figsize=(8, sum(heights)), dpi=100, layout="constrained")
     scene, table = figure.subplots(2, height_ratios=heights)
-    scene.imshow(photo, cmap="gray", vmin=0, vmax=255)
+    scene.imshow(photo.reduce(math.ceil(max(photo.size) / 1280)), cmap="gray", vmin=0, vmax=255,
+                 extent=(0, photo.width, photo.height, 0))
     scene.set_axis_off()
     scene.autoscale(False)
     for name, box in zip(names, boxes):
@@ -612,11 +613,10 @@ def processor_name():
 
 
 def fastest_precision():
-    """Return the Keras dtype policy that the hardware computes fastest."""
-    # 16 bits on tensor cores (keras.io/api/mixed_precision) and on processors with bfloat16.
+    """Return the Keras dtype policy that is fastest here: 16 bits where the hardware has them."""
     for gpu in tf.config.list_physical_devices("GPU"):
         capability = tf.config.experimental.get_device_details(gpu).get("compute_capability", (0,))
-        return "mixed_float16" if capability[0] >= 7 else "float32"
+        return "mixed_float16" if capability[0] >= 7 else "float32"  # keras.io/api/mixed_precision
     return "mixed_bfloat16" if re.search("avx512_bf16|amx_bf16", CPUINFO) else "float32"
 
 
@@ -702,7 +702,7 @@ def unfinished_run(output_dir, resume):
             (run_dir / "part.npz").unlink(missing_ok=True)
             if checkpoint.exists():
                 _, history, *_ = load_checkpoint(run_dir)
-                kept = f"{len(history['epoch'])} epochs are kept in {run_dir}: --resume goes on"
+                kept = f"epochs kept in {run_dir}: {len(history['epoch'])}, --resume goes on"
                 plot_performance(history, None, run_dir)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted; {kept}")
