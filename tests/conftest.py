@@ -26,7 +26,7 @@ import keras  # noqa: E402
 EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
 OUTPUTS = {"accuracy.png", "loss.png", "confusion_matrix.png", "history.csv", "metrics.json",
            "emotion_recognition_cnn.keras"}
-RUN = "--epochs", "6", "--batch-size", "8", "--output-dir", "output"
+RUN = "--epochs", "5", "--batch-size", "8", "--output-dir", "output"
 
 
 def run(*arguments, cwd, **environment):
@@ -79,8 +79,11 @@ def read_history(output_dir):
 
 def kept_history(output_dir):
     """Return the history in the checkpoint of an unfinished run: {} where there is none yet."""
-    run_dir = Path(output_dir, "unfinished")
-    return script.load_checkpoint(run_dir)[1] if (run_dir / script.CHECKPOINT).exists() else {}
+    try:
+        with np.load(Path(output_dir, "unfinished", script.CHECKPOINT)) as file:
+            return json.loads(str(file["arr_0"]))[1]
+    except FileNotFoundError:
+        return {}
 
 
 def wait_for_epoch(process, folder):

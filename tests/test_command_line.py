@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT, SCRIPT, script
 from PIL import Image
 
-# Keras's ImageDataGenerator calls SciPy by a name that goes with SciPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:Please import `affine_transform`")
+# Keras calls SciPy by a name that goes with SciPy 2, and NumPy 2 as NumPy 1.
+pytestmark = [pytest.mark.filterwarnings("ignore:Please import `affine_transform`"),
+              pytest.mark.filterwarnings("ignore:__array__ implementation")]
 
 
 # Each case: arguments, what is done to a copy of the dataset in data/, words of the error line.

@@ -11,8 +11,9 @@ import pytest
 from conftest import EMOTIONS, OUTPUTS, script
 from PIL import Image
 
-# Keras's ImageDataGenerator calls SciPy by a name that goes with SciPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:Please import `affine_transform`")
+# Keras calls SciPy by a name that goes with SciPy 2, and NumPy 2 as NumPy 1.
+pytestmark = [pytest.mark.filterwarnings("ignore:Please import `affine_transform`"),
+              pytest.mark.filterwarnings("ignore:__array__ implementation")]
 
 
 class Oracle:
