@@ -622,8 +622,7 @@ def fastest_precision():
 
 def parse_options():
     """Read the command line; raises InputError where it makes no sense."""
-    parser = argparse.ArgumentParser(description="Train a small CNN to recognise facial emotions.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Recognise facial emotions.", allow_abbrev=False)
 
     def error(problem):  # one line, where argparse would print its usage first
         raise InputError(problem)
@@ -705,6 +704,7 @@ def unfinished_run(output_dir, resume):
                 kept = f"epochs kept in {run_dir}: {len(history['epoch'])}, --resume goes on"
                 plot_performance(history, None, run_dir)
         if isinstance(error, KeyboardInterrupt):
+            print()  # ends the line of the progress bar
             raise KeyboardInterrupt(f"interrupted; {kept}")
         raise InputError(f"{error.filename or output_dir} cannot be read or written: "
                          f"{error.strerror}; mend that, or name another --output-dir; {kept}")
