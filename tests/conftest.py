@@ -127,6 +127,14 @@ def flat(shade):
     return Image.new("L", (48, 48), shade)
 
 
+def small_network():
+    """Return a network for what any network shows: it has all kinds of variables, and few."""
+    return keras.Sequential([
+        keras.Input((48, 48, 1)), keras.layers.MaxPooling2D(8), keras.layers.Flatten(),
+        keras.layers.Dense(16), keras.layers.BatchNormalization(), keras.layers.Dropout(0.3),
+        keras.layers.Dense(7, activation="softmax", dtype="float32")])
+
+
 def foreign_model(path):
     """Save a network that is not the script's."""
     keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save(path.with_suffix(".keras"))
