@@ -68,6 +68,17 @@ def complain(problem):
     print(" ".join(problem.split()), file=sys.stderr)
 
 
+@contextlib.contextmanager
+def delayed_interrupt():
+    """Give an Event that Ctrl-C sets: raised in TensorFlow, it may come out as another error."""
+    pressed = threading.Event()
+    handler = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 # --- Data -----------------------------------------------------------------------------------------
 def find_dataset():
     """Return data/, or FER-2013 downloaded into kagglehub's cache; InputError where that fails."""
@@ -265,10 +276,10 @@ class KeepEpochs(keras.callbacks.Callback):
     def __init__(self, training, options, run_dir):
         super().__init__()
         self.training, self.options, self.run_dir = training, options, run_dir
-        self.history, self.best, self.interrupted = {}, None, threading.Event()
+        self.history, self.best = {}, None
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.interrupted.is_set():  # within TensorFlow, Ctrl-C may come out as another error
+        if self.interrupt.is_set():
             raise KeyboardInterrupt
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -332,16 +343,13 @@ def train_model(model, training, validation, options, run_dir):
     keep = KeepEpochs(training, options, run_dir)
     if (run_dir / CHECKPOINT).exists():
         keep.restore(model)
-    handler = signal.signal(signal.SIGINT, lambda *_: keep.interrupted.set())
-    try:
+    with delayed_interrupt() as keep.interrupt:
         model.fit(
             training, validation_data=validation, class_weight=dict(enumerate(weight)),
             initial_epoch=len(keep.history.get("epoch", [])), epochs=options.epochs,
             shuffle=False,  # of batches: their images are shuffled already
             verbose=1 if sys.stdout.isatty() else 2,
             callbacks=[keras.callbacks.TerminateOnNaN(), keep])
-    finally:
-        signal.signal(signal.SIGINT, handler)
     model.set_weights(keep.best)
     for layer in model.layers:
         layer.dtype_policy = "float32"  # the trained network predicts the same on any machine
@@ -494,7 +502,8 @@ def predict_emotions(paths, output_dir, detect, as_json):
 
     Prints a row per face and draws a picture per photo into predictions/ there, or only prints a
     JSON object per face.  Returns whether all photos could be read; one that cannot be read gets a
-    line on stderr.  Raises InputError without a network, OSError on a full disk.
+    line on stderr.  Raises InputError without a network, OSError on a full disk, KeyboardInterrupt
+    on Ctrl-C, after the photo at hand.
     """
     network, pictures = output_dir / MODEL, output_dir / "predictions"
     try:
@@ -512,31 +521,36 @@ def predict_emotions(paths, output_dir, detect, as_json):
     width = max(len(str(path)) for path in photos)
     if not as_json:
         pictures.mkdir(exist_ok=True)
-        print(f"{'file':{width}}  face  emotion   confidence", *(f"{e:>9}" for e in EMOTIONS))
+        print(f"    photo  {'file':{width}}  face  emotion   confidence",
+              *(f"{emotion:>9}" for emotion in EMOTIONS))
     all_read = True
-    for count, path in enumerate(photos, 1):
-        try:
-            photo = open_image(path)
-        except InputError as error:
-            complain(f"error: {error}")
-            all_read = False
-            continue
-        boxes = find_faces(photo, detector)
-        if not boxes:
-            complain(f"{path}: no face found; --no-detect classifies it whole")
-            continue
-        faces = np.stack([face_pixels(photo, box) for box in boxes])[..., np.newaxis]
-        probabilities = classify_faces(model, faces)
-        for number, (box, shares) in enumerate(zip(boxes, probabilities), 1):
-            face = {"file": str(path), "face": number, "box": box,
-                    "emotion": EMOTIONS[shares.argmax()], "confidence": float(shares.max()),
-                    "probabilities": dict(zip(EMOTIONS, shares.tolist()))}
-            row = f"{str(path):{width}}{number:6}  {face['emotion']:9}{face['confidence']:11.1%} "
-            row += " ".join(f"{share:9.1%}" for share in shares)
-            print(json.dumps(face) if as_json else row)
-        if not as_json:
-            picture = pictures / f"{count}_{path.stem}.emotions.jpg"
-            draw_predictions(photo, boxes, probabilities).savefig(picture)
+    with delayed_interrupt() as interrupt:
+        for count, path in enumerate(photos, 1):
+            if interrupt.is_set():
+                raise KeyboardInterrupt(f"interrupted; photos done: {count - 1} of {len(photos)}")
+            try:
+                photo = open_image(path)
+            except InputError as error:
+                complain(f"error: {error}")
+                all_read = False
+                continue
+            boxes = find_faces(photo, detector)
+            if not boxes:
+                complain(f"{path}: no face found; --no-detect classifies it whole")
+                continue
+            faces = np.stack([face_pixels(photo, box) for box in boxes])[..., np.newaxis]
+            probabilities = classify_faces(model, faces)
+            for number, (box, shares) in enumerate(zip(boxes, probabilities), 1):
+                face = {"file": str(path), "face": number, "box": box,
+                        "emotion": EMOTIONS[shares.argmax()], "confidence": float(shares.max()),
+                        "probabilities": dict(zip(EMOTIONS, shares.tolist()))}
+                row = f"{f'{count}/{len(photos)}':>9}  {str(path):{width}}{number:6}  "
+                row += f"{face['emotion']:9}{face['confidence']:11.1%} "
+                row += " ".join(f"{share:9.1%}" for share in shares)
+                print(json.dumps(face) if as_json else row, flush=True)
+            if not as_json:
+                picture = pictures / f"{count}_{path.stem}.emotions.jpg"
+                draw_predictions(photo, boxes, probabilities).savefig(picture)
     if not as_json:
         print(f"\nPictures saved in {pictures}")
     return all_read
@@ -756,5 +770,6 @@ if __name__ == "__main__":
             counts = map(len, (training.labels, validation[1], test[1]))
             save_results(run_dir, options, counts, history, figures, time.perf_counter() - start)
     except (InputError, OSError, KeyboardInterrupt) as error:
-        complain(str(error) if isinstance(error, KeyboardInterrupt) else f"error: {error}")
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)  # 130: as shells do
+        interrupted = isinstance(error, KeyboardInterrupt)
+        complain(str(error) or "interrupted" if interrupted else f"error: {error}")
+        sys.exit(130 if interrupted else 2)  # 130: as shells do

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import signal
 
 import keras
 import numpy as np
 import pytest
 import skimage.data
-from conftest import EMOTIONS, foreign_model, run, script
+from conftest import EMOTIONS, foreign_model, run, script, start
 from PIL import Image
 
 # Keras calls SciPy by a name that goes with SciPy 2, and NumPy 2 as NumPy 1.
@@ -90,14 +91,15 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
     process = run("--predict", "cut.png", "album", "wall.png", "gone.png", cwd=tmp_path)
     assert process.returncode == 2, process.stderr
     rows = [line.split() for line in process.stdout.splitlines() if line]
-    assert rows[0] == ["file", "face", "emotion", "confidence", *EMOTIONS]
-    assert [row[:2] for row in rows[1:4]] == [
-        ["album/deep/pair.jpg", "1"], ["album/pair.png", "1"], ["album/pair.png", "2"]]
+    assert rows[0] == ["photo", "file", "face", "emotion", "confidence", *EMOTIONS]
+    assert [row[:3] for row in rows[1:4]] == [
+        ["2/5", "album/deep/pair.jpg", "1"], ["3/5", "album/pair.png", "1"],
+        ["3/5", "album/pair.png", "2"]]
     for row in rows[1:4]:
-        shares = [float(share.strip("%")) for share in row[4:]]
+        shares = [float(share.strip("%")) for share in row[5:]]
         assert sum(shares) == pytest.approx(100, abs=0.5)
-        assert float(row[3].strip("%")) == max(shares)
-        assert row[2] == EMOTIONS[np.argmax(shares)]
+        assert float(row[4].strip("%")) == max(shares)
+        assert row[3] == EMOTIONS[np.argmax(shares)]
     assert rows[4:] == [["Pictures", "saved", "in", "output/predictions"]]
     errors = process.stderr.splitlines()
     assert len(errors) == 3
@@ -106,6 +108,22 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
     pictures = sorted((tmp_path / "output/predictions").iterdir())
     assert [file.name for file in pictures] == ["2_pair.emotions.jpg", "3_pair.emotions.jpg"]
     assert all(min(Image.open(file).size) >= 480 for file in pictures)
+
+
+def test_ctrl_c_keeps_the_photos_that_are_done(trained, astronaut, tmp_path):
+    for number in range(40):
+        astronaut.save(tmp_path / f"{number}.png")
+    process = start("--predict", tmp_path, "--output-dir", trained, cwd=tmp_path)
+    rows = [process.stdout.readline() for _ in range(2)]
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 130
+    rows += output.splitlines()
+    done = len(rows) - 1  # one is the head of the table
+    assert 1 <= done < 40 and rows[done].split()[0] == f"{done}/40"
+    assert errors == f"interrupted; photos done: {done} of 40\n"
+    pictures = [Image.open(file) for file in (trained / "predictions").iterdir()]
+    assert len(pictures) == done and all(picture.load() for picture in pictures)
 
 
 def test_a_photo_is_read_as_a_person_sees_it(trained, astronaut, tmp_path, capsys):
