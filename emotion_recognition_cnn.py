@@ -377,41 +377,43 @@ def classify_faces(model, images):
 def evaluate_model(model, images, labels, clean):
     """Evaluate `model` once on the test images and print the figures.
 
-    Takes the test data of `load_data`.  Returns a dict of fractions and counts:
-    single_image_accuracy, and, from probabilities averaged over the views of each image, loss
-    (cross-entropy, nats), accuracy, balanced_accuracy (mean recall), clean_accuracy, clean_images,
-    emotions (each: precision, recall, f1, count) and confusion_matrix (rows: labels).
+    Takes the test data of `load_data`.  Returns the figures, fractions and counts, and the
+    probabilities (n x 7), averaged over the views of each image.  All but single_image_accuracy are
+    of these: loss (cross-entropy, nats), balanced_accuracy (mean recall), calibration_error
+    (expected, over 15 bins: Guo et al. 2017, arXiv:1706.04599), confusion_matrix (rows: labels) ...
     """
     single = model.predict(images, batch_size=256, verbose=0)
+    start = time.perf_counter()
     probabilities = classify_faces(model, images)
-    predictions = probabilities.argmax(axis=1)
+    milliseconds = 1000 * (time.perf_counter() - start) / len(images)
+    predictions, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     correct = predictions == labels
+    gaps = np.bincount(np.ceil(15 * confidence).astype(int), correct - confidence)  # summed by bin
     confusion = tf.math.confusion_matrix(labels, predictions, len(EMOTIONS)).numpy()
     hits, count, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     recall = hits / np.maximum(count, 1)  # 0, not 0/0, where an emotion never occurs
     precision = hits / np.maximum(predicted, 1)
     f1 = 2 * hits / np.maximum(count + predicted, 1)
     figures = {
+        "single_image_accuracy": (single.argmax(axis=1) == labels).mean(),
         "loss": float(np.mean(keras.losses.sparse_categorical_crossentropy(labels, probabilities))),
-        "single_image_accuracy": float((single.argmax(axis=1) == labels).mean()),
-        "accuracy": float(correct.mean()),
-        "balanced_accuracy": float(recall[count > 0].mean()),
-        "clean_accuracy": float(correct[clean].mean()) if clean.any() else None,
+        "accuracy": correct.mean(),
+        "balanced_accuracy": recall[count > 0].mean(),
+        "clean_accuracy": correct[clean].mean() if clean.any() else None,
         "clean_images": int(clean.sum()),
-        "emotions": {emotion: {"precision": float(precision[i]), "recall": float(recall[i]),
-                               "f1": float(f1[i]), "count": int(count[i])}
-                     for i, emotion in enumerate(EMOTIONS)},
+        "calibration_error": float(np.abs(gaps).sum() / len(labels)),
+        "emotions": {emotion: {"precision": precision[i], "recall": recall[i], "f1": f1[i],
+                               "count": int(count[i])} for i, emotion in enumerate(EMOTIONS)},
         "confusion_matrix": confusion.tolist()}
     print(f"\nTest, {len(labels):,} images, {clean.sum():,} of them clean: not in train/, too\n"
-          "All but the first figure: averaged over four views of each image")
-    for name in ("single_image_accuracy", "accuracy", "balanced_accuracy", "clean_accuracy"):
-        if figures[name] is not None:
-            print(f"  {name.replace('_', ' '):23}{figures[name]:.2%}")
-    print(f"  loss                   {figures['loss']:.4f}\n\n"
-          "  emotion    precision   recall       F1   images")
+          f"All but the first figure: averaged over four views, {milliseconds:.1f} ms an image")
+    for name, value in figures.items():
+        if isinstance(value, float):
+            print(f"  {name.replace('_', ' '):23}{value:{'.4f' if name == 'loss' else '.2%'}}")
+    print("\n  emotion    precision   recall       F1   images")
     for emotion, figure in figures["emotions"].items():
         print("  {:9}{precision:11.1%}{recall:9.1%}{f1:9.1%}{count:9,}".format(emotion, **figure))
-    return figures
+    return figures | {"milliseconds_per_face": milliseconds}, probabilities
 
 
 # --- Plots ----------------------------------------------------------------------------------------
@@ -640,7 +642,6 @@ def parse_options():
 
     def error(problem):  # one line, where argparse would print its usage first
         raise InputError(problem)
-
     parser.error = error
     add = parser.add_argument_group("data").add_mutually_exclusive_group().add_argument
     add("--data-dir", metavar="DIR", help="holds train/ and test/ (default: data, or a download)")
@@ -724,19 +725,23 @@ def unfinished_run(output_dir, resume):
                          f"{error.strerror}; mend that, or name another --output-dir; {kept}")
 
 
-def save_results(run_dir, options, counts, history, figures, seconds):
+def save_results(model, run_dir, options, counts, history, figures, start):
     """Write history.csv, and metrics.json: test figures and all it takes to repeat the run."""
     with open(run_dir / "history.csv", "w", newline="") as file:
         csv.writer(file).writerows([history, *zip(*history.values())])
     best = np.argmax(history["val_accuracy"])
     settings = "epochs", "batch_size", "learning_rate", "precision"
+    megabytes = round((run_dir / MODEL).stat().st_size / 1e6, 1)
+    network = {"parameters": model.count_params(), "megabytes": megabytes}
+    print("\nNetwork: {parameters:,} parameters, {megabytes} MB".format(**network))
     (run_dir / "metrics.json").write_text(json.dumps({
         "data": "drawn faces (--demo)" if options.demo else options.data_dir,
         "images": dict(zip(("training", "validation", "test"), counts)),
-        "test": figures, "best_epoch": history["epoch"][best],
+        "network": network, "test": figures, "best_epoch": history["epoch"][best],
         "validation": {name: history["val_" + name][best] for name in ("accuracy", "loss")},
-        "seconds": round(seconds, 1), "processor": processor_name(), "seed": options.seed,
+        "seconds": round(time.perf_counter() - start, 1), "seed": options.seed,
         "hyper_parameters": {name: vars(options)[name] for name in settings},
+        "processor": processor_name(),
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
                      "keras": keras.__version__}}, indent=2) + "\n")
 
@@ -765,10 +770,10 @@ if __name__ == "__main__":
                                                    options.batch_size, options.seed)
             model = create_CNN()
             history = train_model(model, training, validation, options, run_dir)
-            figures = evaluate_model(model, *test)
+            figures, _ = evaluate_model(model, *test)
             plot_performance(history, figures["confusion_matrix"], run_dir)
             counts = map(len, (training.labels, validation[1], test[1]))
-            save_results(run_dir, options, counts, history, figures, time.perf_counter() - start)
+            save_results(model, run_dir, options, counts, history, figures, start)
     except (InputError, OSError, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         complain(str(error) or "interrupted" if interrupted else f"error: {error}")

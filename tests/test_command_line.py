@@ -113,7 +113,7 @@ def test_nothing_but_the_script_and_keras_reaches_the_terminal(demo):
     assert process.stderr == ""
     metrics = json.loads((folder / "output/metrics.json").read_text())
     beginnings = (metrics["processor"], "Drawing faces", "Reading", "2,100 training", "Epoch ",
-                  "Test,", "All but", "  ", "Saved in")
+                  "Test,", "All but", "  ", "Network: ", "Saved in")
     for line in process.stdout.splitlines():
         assert not line or line.startswith(beginnings) or " - val_accuracy: " in line, line
 

@@ -47,10 +47,13 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
     probabilities[range(6), predictions] = 0.7
     clean = np.array([True, True, True, False, False, True])
     oracle = Oracle(probabilities)
-    figures = script.evaluate_model(oracle, oracle.images, labels, clean)
+    figures, averaged = script.evaluate_model(oracle, oracle.images, labels, clean)
+    assert np.allclose(averaged, probabilities) and figures["milliseconds_per_face"] > 0
     assert figures["accuracy"] == figures["single_image_accuracy"] == pytest.approx(4 / 6)
     assert figures["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert figures["clean_accuracy"] == pytest.approx(3 / 4) and figures["clean_images"] == 4
+    # All are 70 % sure, and so in one bin, in which 4 of 6 are right.
+    assert figures["calibration_error"] == pytest.approx(0.7 - 4 / 6)
     assert figures["loss"] == pytest.approx(-(4 * np.log(0.7) + 2 * np.log(0.05)) / 6)
     assert figures["emotions"]["angry"] == pytest.approx(
         {"precision": 1, "recall": 3 / 4, "f1": 6 / 7, "count": 4})
@@ -63,8 +66,20 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
     output = capsys.readouterr().out
     for words in ("accuracy               66.67%", "balanced accuracy      62.50%",
                   "clean accuracy         75.00%", "single image accuracy  66.67%",
+                  "calibration error      3.33%", "loss                   1.2364",
                   "angry         100.0%    75.0%    85.7%        4"):
         assert words in output
+
+
+def test_calibration_error_against_a_value_worked_out_by_hand():
+    """In the bin up to 14/15, 2 are right where 2.7 are expected; up to 6/15, 1 of 0.74."""
+    probabilities = np.zeros((5, 7))
+    probabilities[:3, :2] = 0.9, 0.1
+    probabilities[3:, :3] = (0.39, 0.31, 0.3), (0.35, 0.33, 0.32)
+    oracle = Oracle(probabilities)
+    figures, _ = script.evaluate_model(oracle, oracle.images, np.array([0, 0, 1, 0, 1]),
+                                       np.ones(5, bool))
+    assert figures["calibration_error"] == pytest.approx((0.7 + 0.26) / 5)
 
 
 def test_views_are_the_image_higher_and_lower_and_larger_and_mirrored():
@@ -93,7 +108,7 @@ def test_evaluate_model_averages_over_the_views():
     single = np.array([[0.4, 0.6, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
     mirrored = np.array([[0.7, 0.3, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
     oracle = Oracle(single, mirrored)
-    figures = script.evaluate_model(oracle, oracle.images, np.zeros(2, int), np.ones(2, bool))
+    figures, _ = script.evaluate_model(oracle, oracle.images, np.zeros(2, int), np.ones(2, bool))
     assert figures["single_image_accuracy"] == 0.5
     assert figures["accuracy"] == figures["clean_accuracy"] == figures["balanced_accuracy"] == 1
     assert figures["loss"] == pytest.approx(-(np.log(0.55) + np.log(0.9)) / 2, rel=1e-5)
@@ -101,7 +116,7 @@ def test_evaluate_model_averages_over_the_views():
 
 def test_evaluate_model_where_every_test_image_stands_in_train():
     oracle = Oracle(np.eye(7))
-    figures = script.evaluate_model(oracle, oracle.images, np.arange(7), np.zeros(7, bool))
+    figures, _ = script.evaluate_model(oracle, oracle.images, np.arange(7), np.zeros(7, bool))
     assert figures["accuracy"] == 1 and figures["loss"] == pytest.approx(0, abs=1e-5)
     assert figures["clean_accuracy"] is None and figures["clean_images"] == 0
 
@@ -203,6 +218,11 @@ def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
         "epochs", "batch_size", "learning_rate", "precision"}
     assert metrics["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert metrics["versions"]["keras"] == keras.__version__ and metrics["versions"]["tensorflow"]
+    network = folder / "output/emotion_recognition_cnn.keras"
+    parameters = keras.models.load_model(network).count_params()
+    megabytes = round(network.stat().st_size / 1e6, 1)
+    assert metrics["network"] == {"parameters": parameters, "megabytes": megabytes}
+    assert f"Network: {parameters:,} parameters, {megabytes} MB\n" in process.stdout
     assert process.stdout.startswith(
         f"{metrics['processor']}, {metrics['hyper_parameters']['precision']}\n")
     confusion = np.array(metrics["test"]["confusion_matrix"])

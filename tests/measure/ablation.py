@@ -74,7 +74,7 @@ def train(name, seed, validation, options):
         model = keras.models.load_model(Path(folder, "output", original.MODEL))
     clean = np.zeros(len(validation[1]), bool)  # of no matter here
     with contextlib.redirect_stdout(None):
-        figures = original.evaluate_model(model, *validation, clean)
+        figures, _ = original.evaluate_model(model, *validation, clean)
     return figures["accuracy"], figures["balanced_accuracy"], figures["loss"], metrics["seconds"]
 
 
