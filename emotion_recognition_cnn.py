@@ -454,6 +454,23 @@ def plot_performance(history, confusion, output_dir):
         figure.savefig(output_dir / "confusion_matrix.png")
 
 
+def plot_examples(images, labels, probabilities, output_dir):
+    """Write examples.png: of each emotion (rows: labels) the test images classified most surely."""
+    figure = Figure(figsize=(8, 10.5), layout="constrained")
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    for half, right, color in zip(figure.subfigures(1, 2), (True, False), ("#0072B2", "#D55E00")):
+        half.suptitle("Surest and right" if right else "Surest and wrong: taken for", color=color)
+        for (row, column), axes in np.ndenumerate(half.subplots(len(EMOTIONS), 3)):
+            found = np.flatnonzero((labels == row) & ((predicted == row) == right))
+            surest = found[np.argsort(-confidence[found], kind="stable")]
+            for i in surest[column:column + 1]:  # there may be fewer
+                axes.imshow(images[i], cmap="gray", vmin=0, vmax=255)
+                axes.set_title(f"{EMOTIONS[predicted[i]]} {confidence[i]:.0%}", size=10)
+            axes.set(xticks=[], yticks=[], ylabel=EMOTIONS[row] if right and not column else None)
+            axes.spines[:].set_visible(False)
+    figure.savefig(output_dir / "examples.png")
+
+
 # --- Prediction -----------------------------------------------------------------------------------
 def find_faces(photo, detector):
     """Find the faces in a photo (PIL image) and frame them as FER-2013 frames its faces.
@@ -770,8 +787,9 @@ if __name__ == "__main__":
                                                    options.batch_size, options.seed)
             model = create_CNN()
             history = train_model(model, training, validation, options, run_dir)
-            figures, _ = evaluate_model(model, *test)
+            figures, probabilities = evaluate_model(model, *test)
             plot_performance(history, figures["confusion_matrix"], run_dir)
+            plot_examples(*test[:2], probabilities, run_dir)
             counts = map(len, (training.labels, validation[1], test[1]))
             save_results(model, run_dir, options, counts, history, figures, start)
     except (InputError, OSError, KeyboardInterrupt) as error:

@@ -172,6 +172,30 @@ def test_plot_of_a_single_epoch_has_whole_numbers_on_its_axis(tmp_path, figures)
     assert all(tick == int(tick) for tick in figures[0].axes[0].get_xticks())
 
 
+def test_examples_are_the_surest_of_each_emotion_right_and_wrong(tmp_path, figures):
+    """Angry: five right, two wrong.  Disgust: nothing wrong.  Fear: no images.  Others: wrong."""
+    labels = np.repeat([0, 1, 3, 4, 5, 6], [7, 1, 1, 1, 1, 1])
+    predicted = np.array([0, 0, 0, 0, 0, 3, 6, 1, 0, 0, 0, 0])
+    confidence = np.array([0.5, 0.9, 0.7, 0.6, 0.8, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5])
+    probabilities = np.repeat((1 - confidence[:, np.newaxis]) / 6, 7, axis=1)
+    probabilities[range(12), predicted] = confidence
+    images = np.broadcast_to(np.arange(12, dtype="uint8")[:, None, None, None], (12, 48, 48, 1))
+    script.plot_examples(images, labels, probabilities, tmp_path)
+    shown = [[[(image.get_array().max(), axes.get_title()) for image in axes.images]
+              for axes in half.axes] for half in figures[0].subfigs]
+    right, wrong = ([sum(half[first:first + 3], []) for first in range(0, 21, 3)]
+                    for half in shown)
+    assert right == [[(1, "angry 90%"), (4, "angry 80%"), (2, "angry 70%")],
+                     [(7, "disgust 50%")], [], [], [], [], []]
+    assert wrong == [[(6, "surprise 40%"), (5, "happy 30%")], [], [], [(8, "angry 50%")],
+                     [(9, "angry 50%")], [(10, "angry 50%")], [(11, "angry 50%")]]
+    assert [axes.get_ylabel() for axes in figures[0].subfigs[0].axes[::3]] == EMOTIONS
+    assert [half.get_suptitle() for half in figures[0].subfigs] == [
+        "Surest and right", "Surest and wrong: taken for"]
+    with Image.open(tmp_path / "examples.png") as picture:
+        assert min(picture.size) >= 800 and len(set(picture.convert("L").tobytes())) > 10
+
+
 def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
     folder, process = demo
     assert process.returncode == 0, process.stderr
