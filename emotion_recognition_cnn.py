@@ -401,7 +401,7 @@ def evaluate_model(model, images, labels, clean):
         "balanced_accuracy": recall[count > 0].mean(),
         "clean_accuracy": correct[clean].mean() if clean.any() else None,
         "clean_images": int(clean.sum()),
-        "calibration_error": float(np.abs(gaps).sum() / len(labels)),
+        "calibration_error": np.abs(gaps).sum() / len(labels),
         "emotions": {emotion: {"precision": precision[i], "recall": recall[i], "f1": f1[i],
                                "count": int(count[i])} for i, emotion in enumerate(EMOTIONS)},
         "confusion_matrix": confusion.tolist()}
@@ -460,14 +460,16 @@ def plot_examples(images, labels, probabilities, output_dir):
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     for half, right, color in zip(figure.subfigures(1, 2), (True, False), ("#0072B2", "#D55E00")):
         half.suptitle("Surest and right" if right else "Surest and wrong: taken for", color=color)
-        for (row, column), axes in np.ndenumerate(half.subplots(len(EMOTIONS), 3)):
+        for row, line in enumerate(half.subplots(len(EMOTIONS), 3)):
             found = np.flatnonzero((labels == row) & ((predicted == row) == right))
-            surest = found[np.argsort(-confidence[found], kind="stable")]
-            for i in surest[column:column + 1]:  # there may be fewer
+            for axes, i in zip(line, found[np.argsort(-confidence[found], kind="stable")]):
                 axes.imshow(images[i], cmap="gray", vmin=0, vmax=255)
                 axes.set_title(f"{EMOTIONS[predicted[i]]} {confidence[i]:.0%}", size=10)
-            axes.set(xticks=[], yticks=[], ylabel=EMOTIONS[row] if right and not column else None)
-            axes.spines[:].set_visible(False)
+            for axes in line:
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+            if right:
+                line[0].set_ylabel(EMOTIONS[row])
     figure.savefig(output_dir / "examples.png")
 
 
