@@ -57,6 +57,8 @@ EMOTIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 IMAGE_SIZE = (48, 48)  # height, width
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MODEL, CHECKPOINT = "emotion_recognition_cnn.keras", "checkpoint.npz"  # finished, unfinished run
+OUTPUT = Path("output")  # unless --output-dir names another folder
+BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito: colour-blind readers tell them apart
 
 
 class InputError(Exception):
@@ -433,10 +435,9 @@ def plot_performance(history, confusion, output_dir):
     for name in ("accuracy", "loss"):
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         axes = figure.subplots()
-        # Blue and vermilion of Okabe and Ito's palette, told apart by colour-blind readers.
         epochs, validation = history["epoch"], history["val_" + name]
-        axes.plot(epochs, history[name], "o-", color="#0072B2", label="training (augmented)")
-        axes.plot(epochs, validation, "s--", color="#D55E00", label="validation")
+        axes.plot(epochs, history[name], "o-", color=BLUE, label="training (augmented)")
+        axes.plot(epochs, validation, "s--", color=VERMILION, label="validation")
         axes.plot(epochs[best], validation[best], "k*", markersize=18,
                   label=f"best epoch: {epochs[best]} ({validation[best]:.3f})")
         axes.set(title=f"Training and validation {name}", xlabel="epoch",
@@ -458,16 +459,14 @@ def plot_examples(images, labels, probabilities, output_dir):
     """Write examples.png: of each emotion (rows: labels) the test images classified most surely."""
     figure = Figure(figsize=(8, 10.5), layout="constrained")
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    for half, right, color in zip(figure.subfigures(1, 2), (True, False), ("#0072B2", "#D55E00")):
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
+    for half, right, color in zip(figure.subfigures(1, 2), (True, False), (BLUE, VERMILION)):
         half.suptitle("Surest and right" if right else "Surest and wrong: taken for", color=color)
-        for row, line in enumerate(half.subplots(len(EMOTIONS), 3)):
+        for row, line in enumerate(half.subplots(len(EMOTIONS), 3, subplot_kw=bare)):
             found = np.flatnonzero((labels == row) & ((predicted == row) == right))
             for axes, i in zip(line, found[np.argsort(-confidence[found], kind="stable")]):
                 axes.imshow(images[i], cmap="gray", vmin=0, vmax=255)
                 axes.set_title(f"{EMOTIONS[predicted[i]]} {confidence[i]:.0%}", size=10)
-            for axes in line:
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set_visible(False)
             if right:
                 line[0].set_ylabel(EMOTIONS[row])
     figure.savefig(output_dir / "examples.png")
@@ -521,12 +520,16 @@ def draw_predictions(photo, boxes, probabilities):
 def predict_emotions(paths, output_dir, detect, as_json):
     """Classify the faces in photos, and in folders of photos, with the network in `output_dir`.
 
+    Without `output_dir`: with that in output/, else with that in docs/runs beside the script.
     Prints a row per face and draws a picture per photo into predictions/ there, or only prints a
     JSON object per face.  Returns whether all photos could be read; one that cannot be read gets a
     line on stderr.  Raises InputError without a network, OSError on a full disk, KeyboardInterrupt
     on Ctrl-C, after the photo at hand.
     """
-    network, pictures = output_dir / MODEL, output_dir / "predictions"
+    network, pictures = (Path(output_dir or OUTPUT, name) for name in (MODEL, "predictions"))
+    if output_dir is None and not network.exists():
+        for network in Path(__file__).parent.glob(f"docs/runs/*/{MODEL}"):
+            complain(f"no network in {OUTPUT} yet: predicting with {network}")
     try:
         model = keras.models.load_model(network)
         classify_faces(model, np.zeros((1, *IMAGE_SIZE, 1)))
@@ -541,7 +544,7 @@ def predict_emotions(paths, output_dir, detect, as_json):
               for photo in find_images(path.rglob("*")) or [path]]
     width = max(len(str(path)) for path in photos)
     if not as_json:
-        pictures.mkdir(exist_ok=True)
+        pictures.mkdir(parents=True, exist_ok=True)
         print(f"    photo  {'file':{width}}  face  emotion   confidence",
               *(f"{emotion:>9}" for emotion in EMOTIONS))
     all_read = True
@@ -677,7 +680,7 @@ def parse_options():
     add("--no-detect", action="store_true", help="take every photo as one face: look for none")
     add("--json", action="store_true", help="print a JSON object per face and draw nothing")
     add = parser.add_argument_group("output").add_argument
-    add("--output-dir", type=Path, default=Path("output"), metavar="DIR", help="default: output")
+    add("--output-dir", type=Path, metavar="DIR", help=f"default: {OUTPUT}")
     add("--resume", action="store_true", help="go on with the interrupted run in --output-dir")
     options = parser.parse_args()
     given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
@@ -773,10 +776,10 @@ if __name__ == "__main__":
         if options.predict:
             sys.exit(0 if predict_emotions(options.predict, options.output_dir,
                                            not options.no_detect, options.json) else 2)
-        with unfinished_run(options.output_dir, options.resume) as run_dir:
+        with unfinished_run(options.output_dir or OUTPUT, options.resume) as run_dir:
             if options.resume:
                 of_the_run, history, *_ = load_checkpoint(run_dir)
-                vars(options).update(of_the_run, output_dir=options.output_dir)
+                vars(options).update(of_the_run)
                 start -= sum(history["seconds"])  # the time before the interruption counts, too
             keras.utils.set_random_seed(options.seed)
             keras.config.set_dtype_policy(options.precision)

@@ -45,8 +45,8 @@ BAD_INPUTS = {
                                  ["data/test/sad/x.jpg", "no image"]),
     "decompression bomb": ([], lambda data: Image.new("1", (20000, 20000)).save(
         data / "train/fear/bomb.png"), ["data/train/fear/bomb.png", "too large"]),
-    "nothing to predict with": (["--predict", "data/x.png"], None, ["emotion_recognition_cnn.keras",
-                                                                   "train", "--output-dir"]),
+    "nothing to predict with": (["--predict", "data/x.png", "--output-dir", "output"], None,
+                                ["output/emotion_recognition_cnn.keras", "train", "--output-dir"]),
     "predict nothing": (["--predict"], None, ["--predict"]),
     "predict and train": (["--predict", "x.png", "--epochs", 3], None, ["--epochs", "--predict"]),
     "predict and resume": (["--predict", "x.png", "--resume"], None, ["--resume", "--predict"]),

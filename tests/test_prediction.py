@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -235,6 +236,34 @@ def test_json_draws_nothing(trained, tmp_path, capsys):
     _, (face,), _ = predict([tmp_path / "face.png"], trained, capsys)
     assert set(face) == {"file", "face", "box", "emotion", "confidence", "probabilities"}
     assert not (trained / "predictions").exists()
+
+
+def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
+        trained, tmp_path, monkeypatch, capsys):
+    """Pictures go to output/; a network of one's own, or --output-dir, comes first."""
+    face = tmp_path / "face.png"
+    script.draw_face("sad", np.random.default_rng(0)).save(face)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "project/script.py"))
+    with pytest.raises(script.InputError, match="^output/.*is missing.*train one"):
+        script.predict_emotions([face], None, False, True)
+
+    shipped = tmp_path / "project/docs/runs/9-0" / script.MODEL
+    shipped.parent.mkdir(parents=True)
+    shutil.copy(trained / script.MODEL, shipped)
+    all_read, (found,), errors = predict([face], None, capsys, detect=False)
+    assert all_read and errors == f"no network in output yet: predicting with {shipped}\n"
+    assert script.predict_emotions([face], None, False, False)
+    assert [file.name for file in Path("output/predictions").iterdir()] == ["1_face.emotions.jpg"]
+    with pytest.raises(script.InputError, match="^nowhere/.*is missing"):
+        script.predict_emotions([face], Path("nowhere"), False, True)
+
+    shipped.write_bytes(b"not a network")
+    with pytest.raises(script.InputError) as raised:
+        script.predict_emotions([face], None, False, True)
+    assert str(raised.value).startswith(f"{shipped} is missing, damaged or")
+    shutil.copy(trained / script.MODEL, "output")
+    assert predict([face], None, capsys, detect=False) == (True, [found], "")
 
 
 @pytest.mark.parametrize("damage, words", [
