@@ -33,21 +33,21 @@ INGREDIENTS = {
         "layers.LayerNormalization(axis=[1, 2, 3], center=False, scale=False)":
             "layers.Rescaling(1 / 255)"},
     "batch normalisation": {"layers.BatchNormalization(momentum=0.9),": ""},
+    "layer normalisation: batch normalisation in its place": {
+        "layers.LayerNormalization(), ": "layers.BatchNormalization(momentum=0.9), "},
     "overlap in the first pooling": {
         'layers.MaxPooling2D(4, 3, padding="same")': "layers.MaxPooling2D(3)"},
     "overlap in the second pooling": {
-        'layers.MaxPooling2D(5, 3, padding="same")':
+        'layers.MaxPooling2D(7, 3, padding="same")':
             'layers.MaxPooling2D(3, padding="same")'},
-    "4x4 in the second convolution": {"Conv2D(256, 4,": "Conv2D(256, 3,"},
-    "half of the second convolution's filters": {"Conv2D(256,": "Conv2D(128,"},
+    "half of the second convolution's filters": {"Conv2D(384,": "Conv2D(192,"},
     "half of the dense layer": {"Dense(512,": "Dense(256,"},
-    "dropout": {"layers.Dropout(0.25),": "", "layers.Dropout(0.4),": ""},
+    "dropout of whole filters: of features in its place": {
+        "layers.SpatialDropout2D(0.18)": "layers.Dropout(0.25)"},
+    "dropout": {"layers.SpatialDropout2D(0.18),": "", "layers.Dropout(0.4),": ""},
     "cosine decay": {"keras.optimizers.AdamW(schedule)": "keras.optimizers.AdamW(options.learning_rate)"},
-    "augmentation": {
-        "**self.augmentation, ": "",
-        "self.augmented[chosen][:, :, ::-1]": "self.augmented[chosen]"},
+    "augmentation": {"ImageDataGenerator(**self.augmentation)": "ImageDataGenerator()"},
     "weights of the emotions": {"np.cbrt(count.mean() / count)": "np.ones(len(count))"},
-    "augmented images that serve twice": {"if self.epoch % 2:": "if False:"},
 }
 
 

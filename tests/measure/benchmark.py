@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-BATCH_SIZE, LEARNING_RATE = 128, 3e-3
+BATCH_SIZE, LEARNING_RATE = 128, 6e-3
 WARM_UP = 10  # steps at the start of a round that are not counted
 
 
@@ -59,7 +59,7 @@ def keras_contender(name, data_dir):
 
     def train(steps, epoch):
         if name == "script":
-            training.start_epoch(epoch)  # odd epochs mirror what even ones augment
+            training.start_epoch(epoch)
         times = []
         model.fit(**data, steps_per_epoch=steps, verbose=0, callbacks=[
             keras.callbacks.LambdaCallback(
@@ -73,12 +73,18 @@ def as_torch(model):
     """Translate the layers of the script's network into PyTorch modules."""
     from torch import nn
 
+    class FilterNorm(nn.LayerNorm):
+        """Normalises across the filters at each place, as Keras's LayerNormalization."""
+        def forward(self, images):
+            return super().forward(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
     modules, channels = [], 1
     for layer in model.layers:
         kind = type(layer).__name__
         size, shape = layer.input.shape[1], layer.output.shape
-        if kind == "LayerNormalization":
-            modules.append(nn.LayerNorm([1, *shape[1:3]], elementwise_affine=False))
+        if kind == "LayerNormalization":  # across the image, or across the filters
+            modules.append(nn.LayerNorm([1, *shape[1:3]], layer.epsilon, elementwise_affine=False)
+                           if len(layer.axis) == 3 else FilterNorm(channels, layer.epsilon))
         elif kind == "Conv2D":
             modules.append(nn.Conv2d(channels, layer.filters, layer.kernel_size, layer.strides,
                                      padding=layer.padding, bias=layer.use_bias))
@@ -92,6 +98,8 @@ def as_torch(model):
             modules.append(norm(shape[-1], layer.epsilon, 1 - layer.momentum))
         elif kind == "ReLU":
             modules.append(nn.ReLU())
+        elif kind == "SpatialDropout2D":
+            modules.append(nn.Dropout2d(layer.rate))
         elif kind == "Dropout":
             modules.append(nn.Dropout(layer.rate))
         elif kind == "Flatten":
