@@ -1,5 +1,6 @@
 """Faces in photos: finding, framing, classifying and drawing them."""
 
+import csv
 import json
 import shutil
 import signal
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import skimage.data
-from conftest import EMOTIONS, foreign_model, run, script, start
+from conftest import EMOTIONS, ROOT, foreign_model, run, script, start
 from PIL import Image
 
 # Keras calls SciPy by a name that goes with SciPy 2, and NumPy 2 as NumPy 1.
@@ -264,6 +265,34 @@ def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
     assert str(raised.value).startswith(f"{shipped} is missing, damaged or")
     shutil.copy(trained / script.MODEL, "output")
     assert predict([face], None, capsys, detect=False) == (True, [found], "")
+
+
+def test_network_in_docs_knows_a_happy_face_and_is_the_one_of_its_figures(astronaut, tmp_path):
+    """Without FER-2013: its figures agree with the file, its epochs and with one another."""
+    astronaut.save(tmp_path / "astronaut.png")
+    network, = ROOT.glob(f"docs/runs/*/{script.MODEL}")
+    process = run("--predict", "astronaut.png", "--json", cwd=tmp_path)
+    assert process.returncode == 0
+    assert process.stderr == f"no network in output yet: predicting with {network}\n"
+    assert json.loads(process.stdout)["emotion"] == "happy"
+    assert [file.name for file in tmp_path.iterdir()] == ["astronaut.png"]  # nothing was trained
+
+    metrics = json.loads((network.parent / "metrics.json").read_text())
+    assert metrics["network"] == {
+        "parameters": keras.models.load_model(network).count_params(),
+        "megabytes": round(network.stat().st_size / 1e6, 1)}
+    confusion = np.array(metrics["test"]["confusion_matrix"])
+    assert confusion.sum() == metrics["images"]["test"] == 3589
+    assert metrics["test"]["accuracy"] == pytest.approx(np.trace(confusion) / 3589)
+    with open(network.parent / "history.csv", newline="") as file:
+        epochs = list(csv.DictReader(file))
+    assert len(epochs) == metrics["hyper_parameters"]["epochs"]
+    accuracies = [float(epoch["val_accuracy"]) for epoch in epochs]
+    assert metrics["best_epoch"] == 1 + np.argmax(accuracies)
+    assert metrics["validation"]["accuracy"] == max(accuracies)
+    same_length = network.parents[1].glob(f"{len(epochs)}-*/metrics.json")
+    rivals = [json.loads(path.read_text())["validation"]["accuracy"] for path in same_length]
+    assert len(rivals) == 3 and max(rivals) == max(accuracies)
 
 
 @pytest.mark.parametrize("damage, words", [
