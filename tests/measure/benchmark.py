@@ -57,9 +57,7 @@ def keras_contender(name, data_dir):
     model.compile(keras.optimizers.AdamW(LEARNING_RATE), "sparse_categorical_crossentropy",
                   metrics=["accuracy"])
 
-    def train(steps, epoch):
-        if name == "script":
-            training.start_epoch(epoch)
+    def train(steps):
         times = []
         model.fit(**data, steps_per_epoch=steps, verbose=0, callbacks=[
             keras.callbacks.LambdaCallback(
@@ -128,7 +126,7 @@ def torch_contender(name, data_dir):
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=tuned)
     bfloat16 = tuned and script.fastest_precision() == "mixed_bfloat16"
 
-    def train(steps, epoch):
+    def train(steps):
         times = []
         for chosen in torch.randperm(len(labels))[: steps * BATCH_SIZE].split(BATCH_SIZE):
             optimizer.zero_grad()
@@ -146,14 +144,13 @@ def contend(name, data_dir, seconds):
     """Be one contender: train a round for each line on stdin, answer with a line of JSON."""
     answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # what libraries print is no answer
     train, most = (torch_contender if "PyTorch" in name else keras_contender)(name, data_dir)
-    times = train(2 * WARM_UP, 0)
+    times = train(2 * WARM_UP)
     step = (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP)
-    steps = min(most, WARM_UP + max(10, round(seconds / 2 / step)))
+    steps = min(most, WARM_UP + max(10, round(seconds / step)))
     print(json.dumps({"first_batch": times[0]}), file=answers, flush=True)
     for _ in sys.stdin:
-        halves = [train(steps, epoch) for epoch in (0, 1)]
-        rate = (2 * (steps - 1 - WARM_UP) * BATCH_SIZE
-                / sum(times[-1] - times[WARM_UP] for times in halves))
+        times = train(steps)
+        rate = (steps - 1 - WARM_UP) * BATCH_SIZE / (times[-1] - times[WARM_UP])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak /= 2**20 if platform.system() == "Darwin" else 2**10  # bytes there, KiB here
         print(json.dumps({"rate": rate, "peak": peak}), file=answers, flush=True)
@@ -173,7 +170,9 @@ def main():
     import emotion_recognition_cnn as script
 
     drawings = tempfile.TemporaryDirectory()
-    data_dir = options.data_dir or script.draw_faces(drawings.name, 0)
+    data_dir = options.data_dir or drawings.name
+    if not options.data_dir:
+        script.draw_faces(data_dir, 0)
     names = ["script", "ceiling", "plain Keras"]
     if importlib.util.find_spec("torch"):
         names += ["PyTorch eager", "PyTorch tuned"]
