@@ -3,6 +3,7 @@
     python tests/measure/benchmark.py --data-dir data
     python tests/measure/benchmark.py                     on drawn faces
 
+The precision is the one that the script chooses on this machine, or that of --precision.
 Each contender trains in a process of its own; they take turns, round by round, so that a noisy
 machine is as noisy for all.  All have the script's network, batch size and optimiser:
 
@@ -10,7 +11,7 @@ machine is as noisy for all.  All have the script's network, batch size and opti
   ceiling         the same network and precision on images in memory, nothing augmented
   plain Keras     what tutorials write: flow_from_directory, the same augmentation, default compile
   PyTorch eager   float32, images in memory, nothing augmented
-  PyTorch tuned   bfloat16 autocast where the script uses it, channels last, fused AdamW,
+  PyTorch tuned   bfloat16 autocast where the script computes in it, channels last, fused AdamW,
                   images in memory, nothing augmented
 
 PyTorch takes part where it is installed (pip install torch).
@@ -35,7 +36,7 @@ BATCH_SIZE, LEARNING_RATE = 128, 6e-3
 WARM_UP = 10  # steps at the start of a round that are not counted
 
 
-def keras_contender(name, data_dir):
+def keras_contender(name, data_dir, precision):
     """Return a function that trains for some steps and gives the times at which each ended."""
     import emotion_recognition_cnn as script
     import keras
@@ -48,7 +49,7 @@ def keras_contender(name, data_dir):
             class_mode="sparse", batch_size=BATCH_SIZE)
         data = {"x": training}
     else:
-        keras.config.set_dtype_policy(script.fastest_precision())
+        keras.config.set_dtype_policy(precision)
         training, _, _ = script.load_data(Path(data_dir), BATCH_SIZE, 0)
         data = {"x": training}
         if name == "ceiling":
@@ -110,7 +111,7 @@ def as_torch(model):
     return nn.Sequential(*modules)
 
 
-def torch_contender(name, data_dir):
+def torch_contender(name, data_dir, precision):
     """As `keras_contender`, in PyTorch."""
     import emotion_recognition_cnn as script
     import torch
@@ -124,7 +125,7 @@ def torch_contender(name, data_dir):
     if tuned:
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=tuned)
-    bfloat16 = tuned and script.fastest_precision() == "mixed_bfloat16"
+    bfloat16 = tuned and precision == "mixed_bfloat16"
 
     def train(steps):
         times = []
@@ -140,10 +141,11 @@ def torch_contender(name, data_dir):
     return train, len(labels) // BATCH_SIZE
 
 
-def contend(name, data_dir, seconds):
+def contend(name, data_dir, precision, seconds):
     """Be one contender: train a round for each line on stdin, answer with a line of JSON."""
     answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # what libraries print is no answer
-    train, most = (torch_contender if "PyTorch" in name else keras_contender)(name, data_dir)
+    contender = torch_contender if "PyTorch" in name else keras_contender
+    train, most = contender(name, data_dir, precision)
     times = train(2 * WARM_UP)
     step = (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP)
     steps = min(most, WARM_UP + max(10, round(seconds / step)))
@@ -162,15 +164,18 @@ def main():
     parser.add_argument("--data-dir", help="folder that holds train/ and test/")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10, help="length of a round")
+    parser.add_argument("--precision", choices=("float32", "mixed_bfloat16", "mixed_float16"),
+                        help="default: the script's choice on this machine")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
-        return contend(options.contender, options.data_dir, options.seconds)
+        return contend(options.contender, options.data_dir, options.precision, options.seconds)
 
     import emotion_recognition_cnn as script
 
     drawings = tempfile.TemporaryDirectory()
     data_dir = options.data_dir or drawings.name
+    precision = options.precision or script.fastest_precision()
     if not options.data_dir:
         script.draw_faces(data_dir, 0)
     names = ["script", "ceiling", "plain Keras"]
@@ -181,7 +186,7 @@ def main():
         start = time.time()
         processes[name] = subprocess.Popen(
             [sys.executable, __file__, "--contender", name, "--data-dir", str(data_dir),
-             "--seconds", str(options.seconds)],
+             "--precision", precision, "--seconds", str(options.seconds)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         first_batch[name] = json.loads(processes[name].stdout.readline())["first_batch"] - start
     for number in range(options.rounds):
@@ -196,7 +201,7 @@ def main():
     for process in processes.values():
         process.communicate()
 
-    print(f"\n{script.processor_name()}, {script.fastest_precision()}, batch size {BATCH_SIZE}, "
+    print(f"\n{script.processor_name()}, {precision}, batch size {BATCH_SIZE}, "
           f"{options.rounds} rounds of {options.seconds:.0f} s\n")
     print("| contender | images/s (median) | lowest to highest | script is | peak memory | "
           "start to first batch |\n| --- | --- | --- | --- | --- | --- |")
