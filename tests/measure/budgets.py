@@ -3,8 +3,9 @@
     python emotion_recognition_cnn.py --epochs 12 --seed 1 --output-dir runs/12-1     and so on
     python tests/measure/budgets.py runs/* --picture accuracy_against_minutes.png
 
-Runs of as many epochs make one row: mean and standard deviation over their seeds, minutes of the
-fastest run, as the others may have shared the processor.  The README's table is of docs/runs/*.
+Runs of as many epochs in the same precision make one row: mean and standard deviation over their
+seeds, minutes of the fastest run, as the others may have shared the processor.  The README's table
+is of docs/runs/*.
 """
 
 import argparse
@@ -28,37 +29,43 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of finished runs")
     parser.add_argument("--picture", type=Path, help="where to draw accuracy against minutes")
     options = parser.parse_args()
-    budgets = {}  # epochs: the metrics of each run
+    budgets = {}  # epochs and precision: the metrics of each run
     for run in options.runs:
         metrics = json.loads((run / "metrics.json").read_text())
-        budgets.setdefault(metrics["hyper_parameters"]["epochs"], []).append(metrics)
-    points = []  # minutes, mean accuracy, standard deviation
-    print("| epochs | seeds | minutes | " + " | ".join(FIGURES) + " | PublicTest |\n"
-          + "| --- " * (4 + len(FIGURES)) + "|")
-    for epochs, runs in sorted(budgets.items()):
+        settings = metrics["hyper_parameters"]
+        budgets.setdefault((settings["epochs"], settings["precision"]), []).append(metrics)
+    points = {}  # by precision: minutes, mean accuracy, standard deviation, epochs
+    print("| epochs | precision | seeds | minutes | " + " | ".join(FIGURES) + " | PublicTest |\n"
+          + "| --- " * (5 + len(FIGURES)) + "|")
+    for (epochs, precision), runs in sorted(budgets.items()):
         values = [*([run["test"][name] for run in runs] for name in FIGURES.values()),
                   [run["validation"]["accuracy"] for run in runs]]
         means = [100 * statistics.mean(of) for of in values]
         spreads = [100 * statistics.stdev(of) if len(of) > 1 else math.nan for of in values]
         minutes = min(run["seconds"] for run in runs) / 60
-        points.append((minutes, means[0], spreads[0]))
-        print(f"| {epochs} | {' '.join(str(seed) for seed in sorted(r['seed'] for r in runs))} | "
-              f"{minutes:.1f} | " + " | ".join(
+        points.setdefault(precision, []).append((minutes, means[0], spreads[0], epochs))
+        seeds = " ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
+        print(f"| {epochs} | {precision} | {seeds} | {minutes:.1f} | " + " | ".join(
                   f"{mean:.1f}" + (f" ± {spread:.1f}" if len(runs) > 1 else "") + " %"
                   for mean, spread in zip(means, spreads)) + " |")
     if options.picture:
         plt.rcParams.update({"font.size": 15, "figure.dpi": 150, "lines.linewidth": 2.5})
         figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-        minutes, means, spreads = zip(*points)
-        axes.errorbar(minutes, means, spreads, fmt="o-", color="#0072B2", capsize=5)
-        for (x, y, _), epochs in zip(points, sorted(budgets)):
-            axes.annotate(f"{epochs} epochs", (x, y), (-8, 8), textcoords="offset points",
-                          ha="right")
+        for form, color, offset, (precision, of) in zip(
+                ("o-", "s-", "D-"), ("#0072B2", "#D55E00", "#009E73"),
+                ((14, -20), (-110, 8), (-110, -20)), sorted(points.items())):
+            minutes, means, spreads, budget = zip(*of)
+            axes.errorbar(minutes, means, spreads, fmt=form, color=color, capsize=5,
+                          label=precision)
+            for x, y, epochs in zip(minutes, means, budget):
+                axes.annotate(f"{epochs} epochs", (x, y), offset, textcoords="offset points")
+        axes.legend(loc="lower right")
         axes.set(title="Accuracy on PrivateTest against time", ylabel="accuracy (%)",
                  xlabel="minutes of the run (logarithmic)", xscale="log")
         ticks = (1, 2, 5, 10, 20, 30, 60, 120, 240)
         axes.set_xticks(ticks, map(str, ticks))
-        axes.set_xlim(min(minutes) / 2, max(minutes) * 1.3)
+        all_minutes = [point[0] for of in points.values() for point in of]
+        axes.set_xlim(min(all_minutes) / 2, max(all_minutes) * 2)
         axes.minorticks_off()
         axes.margins(y=0.2)
         axes.grid(alpha=0.3)
