@@ -158,7 +158,7 @@ def test_readme_gives_the_figures_of_the_runs():
 
 def test_table_of_layers_is_the_network():
     results = (ROOT / "docs/RESULTS.md").read_text()
-    model = script.create_CNN()
+    model = script.create_CNN(44)
     for layer in model.layers:
         shape = " x ".join(map(str, layer.output.shape[1:]))
         assert f"| {type(layer).__name__} | {shape} | {layer.count_params():,} |" in results

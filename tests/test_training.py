@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:Please import `affine_transform
 
 
 def test_network_is_two_convolution_blocks_flatten_and_two_dense_layers():
-    model = script.create_CNN()
+    model = script.create_CNN(44)
     kinds = [type(layer).__name__ for layer in model.layers]
     free = {"LayerNormalization", "BatchNormalization", "ReLU", "Dropout", "SpatialDropout2D"}
     assert [kind for kind in kinds if kind not in free] == [
@@ -31,10 +31,17 @@ def test_network_is_two_convolution_blocks_flatten_and_two_dense_layers():
     assert model.layers[-1].activation is keras.activations.softmax
 
 
+@pytest.mark.parametrize(("epochs", "rates"), [(11, (0.0225, 0.05)), (44, (0.09, 0.2)),
+                                               (88, (0.18, 0.4)), (120, (0.18, 0.4))])
+def test_dropout_grows_with_the_length_of_the_run(epochs, rates):
+    dropout = [layer.rate for layer in script.create_CNN(epochs).layers if hasattr(layer, "rate")]
+    assert dropout == pytest.approx(rates)
+
+
 def test_light_and_contrast_do_not_change_the_prediction():
     rng = np.random.default_rng(0)
     images = rng.uniform(60, 120, (4, 48, 48, 1))
-    model = script.create_CNN()
+    model = script.create_CNN(44)
     assert np.allclose(model(images), model(2 * images - 60), atol=1e-3)
     assert np.allclose(np.sum(model(images), axis=1), 1, atol=1e-5)
 
@@ -66,7 +73,7 @@ def test_saved_model_predicts_in_float32(small_dataset, tmp_path, capfd, precisi
     training, validation, test = script.load_data(small_dataset, batch_size=8, seed=3)
     keras.config.set_dtype_policy(precision)
     try:
-        model = script.create_CNN()
+        model = script.create_CNN(44)
         assert {layer.compute_dtype for layer in model.layers[:-1]} == {precision.split("_")[-1]}
         script.train_model(model, training, validation, options(), tmp_path)
     finally:
@@ -90,7 +97,7 @@ def test_images_of_rare_emotions_weigh_more(tmp_path, monkeypatch):
 
     monkeypatch.setattr(keras.Sequential, "fit", fit)
     with pytest.raises(Fitted) as fitted:
-        script.train_model(script.create_CNN(), script.AugmentedBatches(images, labels, 16, 0),
+        script.train_model(script.create_CNN(44), script.AugmentedBatches(images, labels, 16, 0),
                            (images, labels), options(), tmp_path)
     weight = np.array([fitted.value.args[0][label] for label in range(7)])
     assert weight / weight[0] == pytest.approx([1, 2, 1, 2 / 3, 1, 1, 1])  # cube roots of rarity
@@ -130,7 +137,7 @@ def test_ctrl_c_within_tensorflow_comes_out_after_it(
     training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as interrupt:
-        script.train_model(script.create_CNN(), training, validation, options(),
+        script.train_model(script.create_CNN(44), training, validation, options(),
                            tmp_path / "unfinished")
     assert interrupt.traceback[-1].name == "on_train_batch_end"  # not within TensorFlow
     assert signal.getsignal(signal.SIGINT) is handler
@@ -145,7 +152,7 @@ def test_ctrl_c_does_what_it_did_after_a_fit_that_failed(small_dataset, tmp_path
     training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match="broken"):
-        script.train_model(script.create_CNN(), training, validation, options(), tmp_path)
+        script.train_model(script.create_CNN(44), training, validation, options(), tmp_path)
     assert signal.getsignal(signal.SIGINT) is handler
 
 

@@ -43,8 +43,10 @@ INGREDIENTS = {
     "half of the second convolution's filters": {"Conv2D(384,": "Conv2D(192,"},
     "half of the dense layer": {"Dense(512,": "Dense(256,"},
     "dropout of whole filters: of features in its place": {
-        "layers.SpatialDropout2D(0.18)": "layers.Dropout(0.25)"},
-    "dropout": {"layers.SpatialDropout2D(0.18),": "", "layers.Dropout(0.4),": ""},
+        "layers.SpatialDropout2D(0.18 * ": "layers.Dropout(0.25 * "},
+    "dropout": {"layers.SpatialDropout2D(0.18 * strength),": "",
+                "layers.Dropout(0.4 * strength),": ""},
+    "weaker dropout in short runs": {"min(epochs / 88, 1)": "1"},
     "cosine decay": {"keras.optimizers.AdamW(schedule)": "keras.optimizers.AdamW(options.learning_rate)"},
     "augmentation": {"ImageDataGenerator(**self.augmentation)": "ImageDataGenerator()"},
     "weights of the emotions": {"np.cbrt(count.mean() / count)": "np.ones(len(count))"},

@@ -54,7 +54,7 @@ def keras_contender(name, data_dir, precision):
         data = {"x": training}
         if name == "ceiling":
             data = {"x": training.images, "y": training.labels, "batch_size": BATCH_SIZE}
-    model = script.create_CNN()
+    model = script.create_CNN(44)
     model.compile(keras.optimizers.AdamW(LEARNING_RATE), "sparse_categorical_crossentropy",
                   metrics=["accuracy"])
 
@@ -120,7 +120,7 @@ def torch_contender(name, data_dir, precision):
     training, _, _ = script.load_data(Path(data_dir), BATCH_SIZE, 0)
     images = torch.from_numpy(training.images).permute(0, 3, 1, 2).float()
     labels = torch.from_numpy(training.labels)
-    model = as_torch(script.create_CNN())
+    model = as_torch(script.create_CNN(44))
     tuned = name == "PyTorch tuned"
     if tuned:
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
