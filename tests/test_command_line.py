@@ -195,24 +195,27 @@ def test_readme_names_every_option(run_here):
         assert f"`{option}" in readme
 
 
-def test_runs_are_summed_up_by_epochs_and_precision(tmp_path):
-    """measure/budgets.py: mean, deviation and least time of three seeds, two runs beside."""
+def test_runs_are_summed_up_by_epochs_processor_and_precision(tmp_path):
+    """measure/budgets.py: mean, deviation and least time of three seeds, three runs beside."""
     for name, epochs, accuracy in (
-            ("a", 2, 0.5), ("b", 2, 0.6), ("c", 2, 0.7), ("d", 9, 0.8), ("e", 9, 0.9)):
+            ("a", 2, 0.5), ("b", 2, 0.6), ("c", 2, 0.7), ("d", 9, 0.8), ("e", 9, 0.9), ("f", 9, 1)):
         precision = "mixed_bfloat16" if name == "e" else "float32"
+        processor = "AMD EPYC" if name == "f" else "Intel(R) Xeon(R) Processor"
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps({
             "seed": ord(name) - ord("a"), "seconds": 60 * epochs + 36 * accuracy,
             "hyper_parameters": {"epochs": epochs, "precision": precision},
+            "processor": processor,
             "validation": {"accuracy": accuracy},
             "test": dict.fromkeys(["accuracy", "single_image_accuracy", "clean_accuracy",
                                    "balanced_accuracy"], accuracy)}))
-    process = subprocess.run([sys.executable, ROOT / "tests/measure/budgets.py", *"edcba",
+    process = subprocess.run([sys.executable, ROOT / "tests/measure/budgets.py", *"fedcba",
                               "--picture", "picture.png"], cwd=tmp_path, capture_output=True,
                              text=True)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     rows = process.stdout.splitlines()
-    assert rows[2] == "| 2 | float32 | 0 1 2 | 2.3 |" + " 60.0 ± 10.0 % |" * 5
-    assert rows[3] == "| 9 | float32 | 3 | 9.5 |" + " 80.0 % |" * 5
-    assert rows[4] == "| 9 | mixed_bfloat16 | 4 | 9.5 |" + " 90.0 % |" * 5
+    assert rows[2] == "| 2 | Intel Xeon, float32 | 0 1 2 | 2.3 |" + " 60.0 ± 10.0 % |" * 5
+    assert rows[3] == "| 9 | AMD EPYC, float32 | 5 | 9.6 |" + " 100.0 % |" * 5
+    assert rows[4] == "| 9 | Intel Xeon, float32 | 3 | 9.5 |" + " 80.0 % |" * 5
+    assert rows[5] == "| 9 | Intel Xeon, mixed_bfloat16 | 4 | 9.5 |" + " 90.0 % |" * 5
     assert Image.open(tmp_path / "picture.png").width >= 1000
