@@ -6,7 +6,7 @@
 
 Two convolution blocks, flatten, two dense layers; the best epoch is chosen on the PublicTest images
 and evaluated once on PrivateTest: 70.0 % accuracy after half an hour to an hour on two cores;
-71.1 % after 50 minutes on those of an Intel Xeon (--epochs 88), 71.5 % after 46 with AMX (--epochs 120).
+71.1 % after 50 minutes on those of an Intel Xeon (--epochs 88), 71.5 % after 46 with AMX (120).
 Plots, figures and network are left in output/.
 
 FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arXiv:1307.0414.
