@@ -5,8 +5,8 @@
     python emotion_recognition_cnn.py --predict PHOTO     with that network, or one of docs/runs
 
 Two convolution blocks, flatten, two dense layers; the best epoch is chosen on the PublicTest images
-and evaluated once on PrivateTest: 70.0 % accuracy after half an hour to an hour on two cores;
-71.1 % after 50 minutes on those of an Intel Xeon (--epochs 88), 71.5 % after 46 with AMX (120).
+and evaluated once on PrivateTest: 70.0 % accuracy after an hour on two cores without
+AVX-512; 71.1 % after 50 minutes with it (--epochs 88), 71.5 % after 46 with AMX (--epochs 120).
 Plots, figures and network are left in output/.
 
 FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arXiv:1307.0414.
@@ -225,7 +225,7 @@ def load_data(data_dir, batch_size, seed):
 # --- Network --------------------------------------------------------------------------------------
 def create_CNN(epochs):
     """Build the network: images (n x 48 x 48 x 1, pixels 0-255) to probabilities (n x 7)."""
-    strength = min(epochs / 88, 1)  # of dropout: short runs have no time to overfit
+    strength = min(epochs / 88, 1)  # of dropout: short runs have less time to overfit
     return keras.Sequential([
         keras.Input((*IMAGE_SIZE, 1)),
         # Each image to mean 0 and variance 1: light and contrast of the photo drop out.

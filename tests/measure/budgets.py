@@ -4,11 +4,12 @@
     python tests/measure/budgets.py runs/* --picture accuracy_against_minutes.png
 
 Runs of as many epochs on the same processor, in the same precision, make one row: mean and standard
-deviation over their seeds, minutes of the fastest run, as the others may have shared the processor.  The README's table
-is of docs/runs/*.
+deviation over their seeds, minutes of the fastest run, as the others may have shared the processor.
+The README's table is of docs/runs/*.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -54,9 +55,9 @@ def main():
     if options.picture:
         plt.rcParams.update({"font.size": 15, "figure.dpi": 150, "lines.linewidth": 2.5})
         figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-        for form, color, offset, (processor, of) in zip(
-                ("o-", "s-", "D-"), ("#0072B2", "#D55E00", "#009E73"),
-                ((14, -20), (14, -5), (-120, -5)), sorted(points.items())):
+        styles = itertools.cycle([("o-", "#0072B2", (14, -20)), ("s-", "#D55E00", (14, -5)),
+                                  ("D-", "#009E73", (-120, -5))])
+        for (form, color, offset), (processor, of) in zip(styles, sorted(points.items())):
             minutes, means, spreads, budget = zip(*of)
             axes.errorbar(minutes, means, spreads, fmt=form, color=color, capsize=5,
                           label=processor)
