@@ -5,8 +5,8 @@
     python emotion_recognition_cnn.py --predict PHOTO     with that network, or one of docs/runs
 
 Two convolution blocks, flatten, two dense layers; the best epoch is chosen on the PublicTest images
-and evaluated once on PrivateTest: 70.2 % accuracy after an hour on two cores without
-AVX-512; 71.1 % after 50 minutes with it (--epochs 88), 71.5 % after 46 with AMX (--epochs 120).
+and evaluated once on PrivateTest: 70.2 % accuracy after an hour on two cores without AVX-512;
+71.1 % after 50 minutes with it (--epochs 88), 71.5 % after 46 with AMX (--epochs 120).
 Plots, figures and network are left in output/.
 
 FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arXiv:1307.0414.
