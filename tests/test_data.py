@@ -11,10 +11,6 @@ import pytest
 from conftest import EMOTIONS, flat, make_dataset, script
 from PIL import Image
 
-# Keras calls SciPy by a name that goes with SciPy 2, and NumPy 2 as NumPy 1.
-pytestmark = [pytest.mark.filterwarnings("ignore:Please import `affine_transform`"),
-              pytest.mark.filterwarnings("ignore:__array__ implementation")]
-
 
 def test_split_follows_the_file_names(tmp_path, capsys):
     """Each image is told by its shade: none changes sides, loses its label or gets lost."""
@@ -27,36 +23,39 @@ def test_split_follows_the_file_names(tmp_path, capsys):
         return flat(shade)
 
     make_dataset(tmp_path, 5, 3, 1, draw)
-    training, validation, test = script.load_data(tmp_path, batch_size=8, seed=0)
-    assert len(training) == 5  # 35 images, the last batch is smaller
-    batches = [training[index] for index in range(len(training))]
-    seen = {"Training": [(x, y) for xs, ys in batches for x, y in zip(xs, ys)],
-            "PublicTest": list(zip(*validation)), "PrivateTest": list(zip(*test[:2]))}
-    for kind, pairs in seen.items():
-        assert sorted((int(image[0, 0, 0]), int(label)) for image, label in pairs) == sorted(
-            (shade, label) for shade, (of, label) in known.items() if of == kind)
+    data = script.load_data(tmp_path, batch_size=8, seed=0)
+    assert data.emotions == EMOTIONS
+    assert len(data.training) == 5  # 35 images, the last batch is smaller
+    batches = [data.training[index] for index in range(len(data.training))]
+    training = script.Images(*map(np.concatenate, zip(*batches)))
+    for kind, part in (("Training", training), ("PublicTest", data.validation),
+                       ("PrivateTest", data.test)):
+        seen = zip(part.images[:, 0, 0, 0].astype(int).tolist(), part.labels.tolist())
+        expected = [(shade, label) for shade, (of, label) in known.items() if of == kind]
+        assert sorted(seen) == sorted(expected)
     assert "35 training, 21 validation and 7 test images" in capsys.readouterr().out
 
 
 def test_only_training_images_are_augmented(small_dataset):
-    training, validation, test = script.load_data(small_dataset, batch_size=42, seed=0)
-    for kind, (images, labels) in ("PublicTest", validation), ("PrivateTest", test[:2]):
+    data = script.load_data(small_dataset, batch_size=42, seed=0)
+    for kind, part in ("PublicTest", data.validation), ("PrivateTest", data.test):
         files = [small_dataset / "test" / emotion / f"{kind}_{number}.png"
                  for emotion in EMOTIONS for number in range(2)]
-        assert np.array_equal(images[..., 0], [np.asarray(Image.open(file)) for file in files])
-        assert labels.tolist() == [EMOTIONS.index(file.parent.name) for file in files]
-    originals = [np.asarray(Image.open(file)) for file in small_dataset.glob("train/*/*.png")]
-    first = training[0][0]
-    assert first.dtype == "uint8" and first.shape == (42, 48, 48, 1)
-    for image in first[..., 0]:
-        assert not any(np.array_equal(image, original) for original in originals)
-    training.start_epoch(1)
-    second = training[0][0]
+        assert np.array_equal(part.images[..., 0],
+                              [np.asarray(Image.open(file)) for file in files])
+        assert part.labels.tolist() == [EMOTIONS.index(file.parent.name) for file in files]
+    originals = {np.asarray(Image.open(file), "float32").tobytes()
+                 for file in small_dataset.glob("train/*/*.png")}
+    first = data.training[0][0]
+    assert first.dtype == "float32" and first.shape == (42, 48, 48, 1)
+    assert not {image.tobytes() for image in first} & originals
+    data.training.start_epoch(1)
+    second = data.training[0][0]
     assert not {image.tobytes() for image in first} & {image.tobytes() for image in second}
 
 
 def test_batches_are_the_same_in_whatever_order_and_thread_they_are_made(small_dataset):
-    training, _, _ = script.load_data(small_dataset, batch_size=4, seed=3)
+    training = script.load_data(small_dataset, batch_size=4, seed=3).training
     one_by_one = [training[i] for i in range(len(training))]
     with ThreadPoolExecutor(4) as pool:
         at_once = list(pool.map(training.__getitem__, reversed(range(len(training)))))[::-1]
@@ -73,11 +72,11 @@ def test_without_kaggle_names_a_stratified_tenth_is_held_out(tmp_path, capsys):
         file.rename(file.with_name(f"{number}.png"))
     held_out = []
     for seed in (3, 3, 4):
-        training, (images, labels), test = script.load_data(tmp_path, batch_size=200, seed=seed)
-        assert np.bincount(labels).tolist() == [2] * 7
-        assert len(training.labels) == 7 * 18 and len(test[0]) == 14
-        held_out.append(images[:, 0, 0, 0].tolist())
-        assert not set(held_out[-1]) & set(training[0][0][:, 0, 0, 0].tolist())
+        data = script.load_data(tmp_path, batch_size=200, seed=seed)
+        assert np.bincount(data.validation.labels).tolist() == [2] * 7
+        assert len(data.training.labels) == 7 * 18 and len(data.test.images) == 14
+        held_out.append(data.validation.images[:, 0, 0, 0].tolist())
+        assert not set(held_out[-1]) & set(data.training[0][0][:, 0, 0, 0].tolist())
     assert held_out[0] == held_out[1] != held_out[2]
     output = capsys.readouterr().out
     assert output.count("a tenth of train/ is held out for validation") == 3
@@ -89,17 +88,17 @@ def test_an_emotion_with_one_image_is_trained_on_and_not_held_out(tmp_path):
         file.rename(file.with_name("x.png"))
     for number in 1, 2:
         (tmp_path / f"train/disgust/Training_{number}.png").unlink()
-    training, (_, labels), _ = script.load_data(tmp_path, batch_size=8, seed=0)
+    data = script.load_data(tmp_path, batch_size=8, seed=0)
     disgust = EMOTIONS.index("disgust")
-    assert np.bincount(labels, minlength=7).tolist() == [1, 0, 1, 1, 1, 1, 1]
-    assert np.bincount(training.labels).tolist() == [2, 1, 2, 2, 2, 2, 2] and disgust == 1
+    assert np.bincount(data.validation.labels, minlength=7).tolist() == [1, 0, 1, 1, 1, 1, 1]
+    assert np.bincount(data.training.labels).tolist() == [2, 1, 2, 2, 2, 2, 2] and disgust == 1
 
 
 def test_clean_leaves_out_the_test_images_that_stand_in_train(tmp_path, capsys):
     make_dataset(tmp_path)
     shutil.copy(tmp_path / "train/sad/Training_0.png", tmp_path / "test/happy/PrivateTest_1.png")
-    _, _, (images, labels, clean) = script.load_data(tmp_path, batch_size=8, seed=0)
-    assert np.flatnonzero(~clean).tolist() == [2 * EMOTIONS.index("happy") + 1]
+    test = script.load_data(tmp_path, batch_size=8, seed=0).test
+    assert np.flatnonzero(~test.clean).tolist() == [2 * EMOTIONS.index("happy") + 1]
     assert "1 of the test images also stand in train/" in capsys.readouterr().out
 
 
@@ -111,7 +110,7 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_passed_ov
     for name in ".DS_Store", "Thumbs.db", "._Training_0.png", "notes.txt":
         (tmp_path / "train/happy" / name).write_text("no image")
     (tmp_path / "train/.ipynb_checkpoints").mkdir()
-    paths, images, labels = script.read_images(tmp_path / "train")
+    paths, images, labels = script.read_images(tmp_path / "train", EMOTIONS)
     assert images.shape == (8, 48, 48, 1) and images.dtype == "uint8"
     assert [path.name for path in paths] == ["Training_0.png", "photo.GIF"] + ["Training_0.png"] * 6
     assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
@@ -145,7 +144,7 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
         assert np.abs(pixels.astype(int) - 90).max() <= 2, name
         make_dataset(tmp_path, 1, 1, 1)
         (tmp_path / "train/sad" / name).write_bytes(contents)
-    training, _, _ = script.load_data(tmp_path, 2, 0)
+    training = script.load_data(tmp_path, 2, 0).training
     output, errors = capfd.readouterr()
     assert "12 training, 7 validation and 7 test images" in output and errors == ""
     assert len(training.labels) == 12

@@ -13,10 +13,6 @@ from conftest import EMOTIONS, OUTPUTS, script
 from PIL import Image
 from scipy import ndimage
 
-# Keras calls SciPy by a name that goes with SciPy 2, and NumPy 2 as NumPy 1.
-pytestmark = [pytest.mark.filterwarnings("ignore:Please import `affine_transform`"),
-              pytest.mark.filterwarnings("ignore:__array__ implementation")]
-
 
 class Oracle:
     """Stands in for a network: gives the probabilities it was made with.
@@ -42,6 +38,11 @@ class Oracle:
         return self(images)
 
 
+def evaluate(oracle, labels, clean):
+    """Evaluate an oracle on its images; return scores and probabilities."""
+    return script.evaluate_model(oracle, script.Images(oracle.images, labels, clean), EMOTIONS)
+
+
 def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
     labels = np.array([0, 0, 0, 0, 3, 3])  # four angry, two happy
     predictions = [0, 0, 0, 3, 3, 5]
@@ -49,7 +50,7 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
     probabilities[range(6), predictions] = 0.7
     clean = np.array([True, True, True, False, False, True])
     oracle = Oracle(probabilities)
-    figures, averaged = script.evaluate_model(oracle, oracle.images, labels, clean)
+    figures, averaged = evaluate(oracle, labels, clean)
     assert np.allclose(averaged, probabilities) and figures["milliseconds_per_face"] > 0
     assert figures["accuracy"] == figures["single_image_accuracy"] == pytest.approx(4 / 6)
     assert figures["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
@@ -79,8 +80,7 @@ def test_calibration_error_against_a_value_worked_out_by_hand():
     probabilities[:3, :2] = 0.9, 0.1
     probabilities[3:, :3] = (0.39, 0.31, 0.3), (0.35, 0.33, 0.32)
     oracle = Oracle(probabilities)
-    figures, _ = script.evaluate_model(oracle, oracle.images, np.array([0, 0, 1, 0, 1]),
-                                       np.ones(5, bool))
+    figures, _ = evaluate(oracle, np.array([0, 0, 1, 0, 1]), np.ones(5, bool))
     assert figures["calibration_error"] == pytest.approx((0.7 + 0.26) / 5)
 
 
@@ -111,7 +111,7 @@ def test_evaluate_model_averages_over_the_views():
     single = np.array([[0.4, 0.6, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
     mirrored = np.array([[0.7, 0.3, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
     oracle = Oracle(single, mirrored)
-    figures, _ = script.evaluate_model(oracle, oracle.images, np.zeros(2, int), np.ones(2, bool))
+    figures, _ = evaluate(oracle, np.zeros(2, int), np.ones(2, bool))
     assert figures["single_image_accuracy"] == 0.5
     assert figures["accuracy"] == figures["clean_accuracy"] == figures["balanced_accuracy"] == 1
     assert figures["loss"] == pytest.approx(-(np.log(0.55) + np.log(0.9)) / 2, rel=1e-5)
@@ -119,9 +119,14 @@ def test_evaluate_model_averages_over_the_views():
 
 def test_evaluate_model_where_every_test_image_stands_in_train():
     oracle = Oracle(np.eye(7))
-    figures, _ = script.evaluate_model(oracle, oracle.images, np.arange(7), np.zeros(7, bool))
+    figures, _ = evaluate(oracle, np.arange(7), np.zeros(7, bool))
     assert figures["accuracy"] == 1 and figures["loss"] == pytest.approx(0, abs=1e-5)
     assert figures["clean_accuracy"] is None and figures["clean_images"] == 0
+
+
+def scores_with(confusion):
+    """Return what `plot_performance` takes of the scores."""
+    return {"emotions": dict.fromkeys(EMOTIONS), "confusion_matrix": confusion.tolist()}
 
 
 @pytest.fixture
@@ -143,7 +148,7 @@ def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, figures):
     confusion = np.eye(7, dtype=int) * 3
     confusion[1, 0] = 1  # one of four disgusted faces taken for angry
     confusion[6] = 0  # nobody is surprised
-    script.plot_performance(history, confusion.tolist(), tmp_path)
+    script.plot_performance(history, scores_with(confusion), str(tmp_path / "plots"))
     for name, figure in zip(("accuracy", "loss"), figures):
         axes = figure.axes[0]
         training, validation, best = axes.lines
@@ -162,7 +167,7 @@ def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, figures):
     assert texts[6, 6] == "0%" and len(texts) == 49
     assert [tick.get_text() for tick in axes.get_yticklabels()] == EMOTIONS
     for name in "accuracy", "loss", "confusion_matrix":
-        with Image.open(tmp_path / f"{name}.png") as picture:
+        with Image.open(tmp_path / "plots" / f"{name}.png") as picture:
             assert min(picture.size) >= 800
             assert len(set(picture.convert("L").tobytes())) > 50  # not blank
 
@@ -170,7 +175,7 @@ def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, figures):
 def test_plot_of_a_single_epoch_has_whole_numbers_on_its_axis(tmp_path, figures):
     history = {"epoch": [1], "accuracy": [0.3], "val_accuracy": [0.4], "loss": [1.9],
                "val_loss": [1.7]}
-    script.plot_performance(history, np.eye(7, dtype=int).tolist(), tmp_path)
+    script.plot_performance(history, scores_with(np.eye(7, dtype=int)), tmp_path)
     figures[0].draw_without_rendering()
     assert all(tick == int(tick) for tick in figures[0].axes[0].get_xticks())
 
@@ -183,7 +188,7 @@ def test_examples_are_the_surest_of_each_emotion_right_and_wrong(tmp_path, figur
     probabilities = np.repeat((1 - confidence[:, np.newaxis]) / 6, 7, axis=1)
     probabilities[range(12), predicted] = confidence
     images = np.broadcast_to(np.arange(12, dtype="uint8")[:, None, None, None], (12, 48, 48, 1))
-    script.plot_examples(images, labels, probabilities, tmp_path)
+    script.plot_examples(script.Images(images, labels), probabilities, EMOTIONS, tmp_path)
     shown = [[[(image.get_array().max(), axes.get_title()) for image in axes.images]
               for axes in half.axes] for half in figures[0].subfigs]
     right, wrong = ([sum(half[first:first + 3], []) for first in range(0, 21, 3)]
@@ -206,7 +211,7 @@ def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
     metrics = json.loads((folder / "output/metrics.json").read_text())
     assert metrics["test"]["accuracy"] >= 0.9
     assert metrics["images"] == {"training": 2100, "validation": 350, "test": 350}
-    assert "drawn faces" in metrics["data"]
+    assert metrics["settings"]["demo"] and not metrics["settings"]["data_dir"]
     assert {path.name for path in folder.iterdir()} == {"output"}
 
 
@@ -225,9 +230,9 @@ def test_history_has_a_row_per_epoch(demo):
                             "learning_rate", "seconds"}
     assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
     metrics = json.loads((folder / "output/metrics.json").read_text())
-    assert len(rows) == metrics["hyper_parameters"]["epochs"]
+    assert len(rows) == metrics["settings"]["epochs"] == 4
     rates = [float(row["learning_rate"]) for row in rows]  # at the start of each epoch
-    highest = metrics["hyper_parameters"]["learning_rate"]
+    highest = metrics["settings"]["learning_rate"]
     cosine = [highest * (1 + math.cos(math.pi * done / len(rows))) / 2 for done in range(len(rows))]
     assert rates == pytest.approx(cosine, rel=1e-3)
     best = max(rows, key=lambda row: float(row["val_accuracy"]))
@@ -238,11 +243,11 @@ def test_history_has_a_row_per_epoch(demo):
 def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
     folder, process = demo
     metrics = json.loads((folder / "output/metrics.json").read_text())
-    assert metrics["seed"] == 0
+    assert metrics["settings"]["seed"] == 0
     assert metrics["seconds"] > sum(float(row["seconds"]) for row in csv.DictReader(
         (folder / "output/history.csv").read_text().splitlines()))
-    assert set(metrics["hyper_parameters"]) == {
-        "epochs", "batch_size", "learning_rate", "precision"}
+    assert set(metrics["settings"]) == {
+        "data_dir", "demo", "epochs", "batch_size", "learning_rate", "precision", "seed"}
     assert metrics["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert metrics["versions"]["keras"] == keras.__version__ and metrics["versions"]["tensorflow"]
     network = folder / "output/emotion_recognition_cnn.keras"
@@ -251,7 +256,7 @@ def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
     assert metrics["network"] == {"parameters": parameters, "megabytes": megabytes}
     assert f"Network: {parameters:,} parameters, {megabytes} MB\n" in process.stdout
     assert process.stdout.startswith(
-        f"{metrics['processor']}, {metrics['hyper_parameters']['precision']}\n")
+        f"{metrics['processor']}, {metrics['settings']['precision']}\n")
     confusion = np.array(metrics["test"]["confusion_matrix"])
     assert confusion.sum() == 350
     assert metrics["test"]["accuracy"] == pytest.approx(np.trace(confusion) / 350)
@@ -263,8 +268,8 @@ def test_saved_model_alone_gives_the_accuracy_of_the_best_epoch(demo, tmp_path):
     model = keras.models.load_model(folder / "output/emotion_recognition_cnn.keras")
     metrics = json.loads((folder / "output/metrics.json").read_text())
     script.draw_faces(tmp_path, seed=0)
-    _, validation, test = script.load_data(tmp_path, batch_size=64, seed=0)
-    for (images, labels), accuracy in ((validation, metrics["validation"]["accuracy"]),
-                                       (test[:2], metrics["test"]["single_image_accuracy"])):
-        predictions = model.predict(images, verbose=0).argmax(axis=1)
-        assert np.mean(predictions == labels) == pytest.approx(accuracy)
+    data = script.load_data(tmp_path)
+    for part, accuracy in ((data.validation, metrics["validation"]["accuracy"]),
+                           (data.test, metrics["test"]["single_image_accuracy"])):
+        predictions = model.predict(part.images, verbose=0).argmax(axis=1)
+        assert np.mean(predictions == part.labels) == pytest.approx(accuracy)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,10 +13,6 @@ import pytest
 import skimage.data
 from conftest import EMOTIONS, ROOT, foreign_model, run, script, start
 from PIL import Image
-
-# Keras calls SciPy by a name that goes with SciPy 2, and NumPy 2 as NumPy 1.
-pytestmark = [pytest.mark.filterwarnings("ignore:Please import `affine_transform`"),
-              pytest.mark.filterwarnings("ignore:__array__ implementation")]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +25,7 @@ def astronaut():
 def trained(demo, tmp_path_factory):
     """Return an output folder with nothing but a trained network."""
     folder = tmp_path_factory.mktemp("trained")
-    shutil.copy(demo[0] / "output" / script.MODEL, folder)
+    shutil.copy(demo[0] / "output" / script.NETWORK, folder)
     return folder
 
 
@@ -46,7 +43,7 @@ class Detector:
 def predict(paths, output_dir, capsys, detect=True):
     """Classify photos; return whether all could be read, the faces as dicts, and stderr."""
     capsys.readouterr()
-    all_read = script.predict_emotions(paths, output_dir, detect, True)
+    all_read = script.predict_emotions(paths, output_dir, detect, as_json=True)
     printed = capsys.readouterr()
     return all_read, [json.loads(line) for line in printed.out.splitlines()], printed.err
 
@@ -67,9 +64,9 @@ def test_predictions_are_those_of_the_evaluation(demo, trained, tmp_path):
     metrics = json.loads((demo[0] / "output/metrics.json").read_text())["test"]
     assert np.mean(correct) == metrics["accuracy"]
 
-    _, _, (images, labels, clean) = script.load_data(tmp_path / "data", 64, 0)
-    model = keras.models.load_model(trained / script.MODEL)
-    probabilities = script.classify_faces(model, images)
+    model, emotions = script.load_network(trained / script.NETWORK)
+    assert emotions == EMOTIONS
+    probabilities = script.classify_faces(model, script.load_data(tmp_path / "data").test.images)
     predicted = np.array([list(face["probabilities"].values()) for face in faces])
     assert np.abs(predicted - probabilities).max() <= 1e-5
     assert [EMOTIONS[i] for i in probabilities.argmax(1)] == [face["emotion"] for face in faces]
@@ -78,7 +75,7 @@ def test_predictions_are_those_of_the_evaluation(demo, trained, tmp_path):
 
 
 def test_photos_from_the_command_line(trained, astronaut, tmp_path):
-    """A table, a picture per photo and folder, and one bad photo that does not stop the others."""
+    """A line per face, a picture per photo; a bad photo does not stop the others."""
     shutil.copytree(trained, tmp_path / "output")
     (tmp_path / "album/deep").mkdir(parents=True)
     pair = Image.new("RGB", (700, 300), "grey")
@@ -92,17 +89,16 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "album/pair.png").read_bytes()[:9000])
     process = run("--predict", "cut.png", "album", "wall.png", "gone.png", cwd=tmp_path)
     assert process.returncode == 2, process.stderr
-    rows = [line.split() for line in process.stdout.splitlines() if line]
-    assert rows[0] == ["photo", "file", "face", "emotion", "confidence", *EMOTIONS]
-    assert [row[:3] for row in rows[1:4]] == [
-        ["2/5", "album/deep/pair.jpg", "1"], ["3/5", "album/pair.png", "1"],
-        ["3/5", "album/pair.png", "2"]]
-    for row in rows[1:4]:
-        shares = [float(share.strip("%")) for share in row[5:]]
-        assert sum(shares) == pytest.approx(100, abs=0.5)
-        assert float(row[4].strip("%")) == max(shares)
-        assert row[3] == EMOTIONS[np.argmax(shares)]
-    assert rows[4:] == [["Pictures", "saved", "in", "output/predictions"]]
+    *rows, last = [line for line in process.stdout.splitlines() if line]
+    for row, face in zip(rows, ["2/5 album/deep/pair.jpg, face 1: ", "3/5 album/pair.png, face 1: ",
+                                "3/5 album/pair.png, face 2: "], strict=True):
+        assert row.startswith(face)
+        shares = {emotion: float(re.search(rf"[(,] ?{emotion} ([0-9.]+)%", row)[1])
+                  for emotion in EMOTIONS}
+        assert sum(shares.values()) == pytest.approx(100, abs=0.5)
+        surest = max(shares, key=shares.get)
+        assert row.startswith(f"{face}{surest} {shares[surest]}%  (")
+    assert last == "Pictures saved in output/predictions"
     errors = process.stderr.splitlines()
     assert len(errors) == 3
     assert errors[0].startswith("error: cut.png ") and errors[2].startswith("error: gone.png ")
@@ -116,13 +112,13 @@ def test_ctrl_c_keeps_the_photos_that_are_done(trained, astronaut, tmp_path):
     for number in range(40):
         astronaut.save(tmp_path / f"{number}.png")
     process = start("--predict", tmp_path, "--output-dir", trained, cwd=tmp_path)
-    rows = [process.stdout.readline() for _ in range(2)]
+    rows = [process.stdout.readline()]
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
     assert process.returncode == 130
     rows += output.splitlines()
-    done = len(rows) - 1  # one is the head of the table
-    assert 1 <= done < 40 and rows[done].split()[0] == f"{done}/40"
+    done = len(rows)
+    assert 1 <= done < 40 and rows[-1].startswith(f"{done}/40 ")
     assert errors == f"interrupted; photos done: {done} of 40\n"
     pictures = [Image.open(file) for file in (trained / "predictions").iterdir()]
     assert len(pictures) == done and all(picture.load() for picture in pictures)
@@ -182,8 +178,8 @@ def test_a_face_beyond_the_edge_of_the_photo_repeats_the_edge():
     pixels = np.random.default_rng(0).integers(0, 256, (48, 48), "uint8")
     photo = Image.fromarray(pixels)
     assert np.array_equal(script.face_pixels(photo), pixels)
-    assert np.array_equal(script.face_pixels(photo, (0, 0, 48, 48)), pixels)
-    shifted = script.face_pixels(photo, (-2, 1, 46, 49))
+    assert np.array_equal(script.cut_out(photo, (0, 0, 48, 48)), pixels)
+    shifted = np.asarray(script.cut_out(photo, (-2, 1, 46, 49)))
     assert np.array_equal(shifted[:-1, 2:], pixels[1:, :-2])
     assert (shifted[:-1, :2] == pixels[1:, :1]).all() and (shifted[-1, 2:] == pixels[-1, :-2]).all()
 
@@ -191,7 +187,8 @@ def test_a_face_beyond_the_edge_of_the_photo_repeats_the_edge():
 def test_picture_frames_the_faces_and_shows_what_they_were_taken_for():
     shares = np.array([[0.5, 0, 0.3, 0, 0.2, 0, 0], [0, 0, 0, 1.0, 0, 0, 0]])
     boxes = [(0, 0, 80, 80), (280, 40, 340, 100)]  # one in the corner, one beyond the edge
-    figure = script.draw_predictions(Image.new("L", (300, 400), "white"), boxes, shares)
+    faces = list(map(script.Face, boxes, shares))
+    figure = script.draw_photo(Image.new("L", (300, 400), "white"), faces, EMOTIONS)
     scene, table = figure.axes
     for frame, (left, top, right, bottom) in zip(scene.lines, boxes, strict=True):
         assert set(map(tuple, frame.get_xydata())) == {
@@ -206,7 +203,8 @@ def test_picture_frames_the_faces_and_shows_what_they_were_taken_for():
 
 
 def test_picture_of_a_photo_that_is_all_face_has_no_frame():
-    figure = script.draw_predictions(Image.new("L", (100, 100)), [(0, 0, 100, 100)], np.eye(7)[:1])
+    faces = [script.Face((0, 0, 100, 100), np.eye(7)[0])]
+    figure = script.draw_photo(Image.new("L", (100, 100)), faces, EMOTIONS)
     assert not figure.axes[0].lines and not figure.axes[0].texts
 
 
@@ -216,7 +214,7 @@ def test_narrow_photos_do_not_stop_the_others(trained, tmp_path, capsys):
         Image.new("L", size, 90).save(tmp_path / f"{number}.png")
     for detect in True, False:
         capsys.readouterr()
-        assert script.predict_emotions([tmp_path], trained, detect, False)
+        assert script.predict_emotions([tmp_path], trained, detect)
         rows, errors = capsys.readouterr()
         assert rows.count(".png") == (1 if detect else 6) and str(tmp_path / "z.png") in rows
         assert errors.count("no face found") == (5 if detect else 0)
@@ -227,7 +225,7 @@ def test_pictures_never_overwrite_a_photo(trained, capsys):
     photo.parent.mkdir()
     script.draw_face("sad", np.random.default_rng(0)).save(photo)
     before = photo.read_bytes()
-    assert script.predict_emotions([photo], trained, True, False) and photo.read_bytes() == before
+    assert script.predict_emotions([photo], trained) and photo.read_bytes() == before
     assert (photo.parent / "1_face.emotions.jpg").exists()
     assert str(photo.parent) in capsys.readouterr().out.splitlines()[-1]
 
@@ -241,36 +239,36 @@ def test_json_draws_nothing(trained, tmp_path, capsys):
 
 def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
         trained, tmp_path, monkeypatch, capsys):
-    """Pictures go to output/; a network of one's own, or --output-dir, comes first."""
+    """Pictures go to the output folder; a network of one's own in it comes first."""
     face = tmp_path / "face.png"
     script.draw_face("sad", np.random.default_rng(0)).save(face)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "__file__", str(tmp_path / "project/script.py"))
-    with pytest.raises(script.InputError, match="^output/.*is missing.*train one"):
-        script.predict_emotions([face], None, False, True)
+    with pytest.raises(script.InputError, match="^output/.*is missing.*project/docs/runs.*train"):
+        script.predict_emotions([face])
 
-    shipped = tmp_path / "project/docs/runs/9-0" / script.MODEL
+    shipped = tmp_path / "project/docs/runs/9-0" / script.NETWORK
     shipped.parent.mkdir(parents=True)
-    shutil.copy(trained / script.MODEL, shipped)
-    all_read, (found,), errors = predict([face], None, capsys, detect=False)
+    shutil.copy(trained / script.NETWORK, shipped)
+    all_read, (found,), errors = predict([face], "output", capsys, detect=False)
     assert all_read and errors == f"no network in output yet: predicting with {shipped}\n"
-    assert script.predict_emotions([face], None, False, False)
-    assert [file.name for file in Path("output/predictions").iterdir()] == ["1_face.emotions.jpg"]
-    with pytest.raises(script.InputError, match="^nowhere/.*is missing"):
-        script.predict_emotions([face], Path("nowhere"), False, True)
+    for output_dir in "output", "elsewhere":
+        assert script.predict_emotions([face], output_dir, detect=False)
+        assert [file.name for file in Path(output_dir, "predictions").iterdir()] == [
+            "1_face.emotions.jpg"]
 
     shipped.write_bytes(b"not a network")
     with pytest.raises(script.InputError) as raised:
-        script.predict_emotions([face], None, False, True)
+        script.predict_emotions([face])
     assert str(raised.value).startswith(f"{shipped} is missing, damaged or")
-    shutil.copy(trained / script.MODEL, "output")
-    assert predict([face], None, capsys, detect=False) == (True, [found], "")
+    shutil.copy(trained / script.NETWORK, "output")
+    assert predict([face], "output", capsys, detect=False) == (True, [found], "")
 
 
 def test_network_in_docs_knows_a_happy_face_and_is_the_one_of_its_figures(astronaut, tmp_path):
     """Without FER-2013: its figures agree with the file, its epochs and with one another."""
     astronaut.save(tmp_path / "astronaut.png")
-    network, = ROOT.glob(f"docs/runs/*/{script.MODEL}")
+    network, = ROOT.glob(f"docs/runs/*/{script.NETWORK}")
     process = run("--predict", "astronaut.png", "--json", cwd=tmp_path)
     assert process.returncode == 0
     assert process.stderr == f"no network in output yet: predicting with {network}\n"
@@ -286,7 +284,7 @@ def test_network_in_docs_knows_a_happy_face_and_is_the_one_of_its_figures(astron
     assert metrics["test"]["accuracy"] == pytest.approx(np.trace(confusion) / 3589)
     with open(network.parent / "history.csv", newline="") as file:
         epochs = list(csv.DictReader(file))
-    assert len(epochs) == metrics["hyper_parameters"]["epochs"]
+    assert len(epochs) == metrics["settings"]["epochs"]
     accuracies = [float(epoch["val_accuracy"]) for epoch in epochs]
     assert metrics["best_epoch"] == 1 + np.argmax(accuracies)
     assert metrics["validation"]["accuracy"] == max(accuracies)
@@ -295,14 +293,27 @@ def test_network_in_docs_knows_a_happy_face_and_is_the_one_of_its_figures(astron
     assert len(rivals) == 3 and max(rivals) == max(accuracies)
 
 
+def network_without_names(path):
+    """Save a network that does not say what its outputs mean."""
+    script.create_CNN(7).save(path)
+
+
+def network_of_other_emotions(path):
+    """Save a network with the names of one emotion too few."""
+    script.save_network(script.create_CNN(7), EMOTIONS[1:], path)
+
+
 @pytest.mark.parametrize("damage, words", [
     (None, ["missing", "train one", "--output-dir"]),
     (lambda path: path.write_bytes(b"not a network"), ["damaged"]),
-    (foreign_model, ["no network of this script"])])
-def test_without_a_trained_network_there_is_one_line(tmp_path, damage, words):
+    (foreign_model, ["no network of this script"]),
+    (network_without_names, ["no network of this script, or of an earlier version"]),
+    (network_of_other_emotions, ["no network of this script"])])
+def test_without_a_trained_network_there_is_one_line(tmp_path, monkeypatch, damage, words):
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "script.py"))  # none is included
     if damage:
-        damage(tmp_path / script.MODEL)
+        damage(tmp_path / script.NETWORK)
     with pytest.raises(script.InputError) as raised:
-        script.predict_emotions([tmp_path / "x.png"], tmp_path, True, False)
-    assert all(word in str(raised.value) for word in [*words, script.MODEL])
+        script.predict_emotions([tmp_path / "x.png"], tmp_path)
+    assert all(word in str(raised.value) for word in [*words, script.NETWORK])
     assert len(list(tmp_path.iterdir())) == bool(damage)

@@ -12,36 +12,57 @@ import keras
 import numpy as np
 import pytest
 from conftest import (
-    OUTPUTS, RUN, assert_same_run, flat, foreign_model, kept_history, options, read_history, run,
-    script, small_network, start, wait_for_epoch)
+    OUTPUTS, RUN, assert_same_run, flat, foreign_model, kept_history, read_history, run, script,
+    small_network, start, wait_for_epoch)
 from PIL import Image
 
-# Keras calls SciPy by a name that goes with SciPy 2, and NumPy 2 as NumPy 1.
-pytestmark = [pytest.mark.filterwarnings("ignore:Please import `affine_transform`"),
-              pytest.mark.filterwarnings("ignore:__array__ implementation")]
+
+@pytest.fixture
+def data(small_dataset, capfd):
+    """Return the small dataset, loaded in batches of 8."""
+    return script.load_data(small_dataset, batch_size=8, seed=3)
+
+
+@pytest.fixture
+def dtype_policy():
+    """Return Keras's function that sets the dtype policy; afterwards it is float32 again."""
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy("float32")
+
+
+def train(model, data, **settings):
+    """Train on `data`, for one epoch unless `settings` say otherwise; return the history."""
+    return script.train_model(model, data.training, data.validation, **{"epochs": 1} | settings)
+
+
+def without_seconds(history):
+    """Return a history without what differs from run to run."""
+    return {name: values for name, values in history.items() if name != "seconds"}
 
 
 def test_network_is_two_convolution_blocks_flatten_and_two_dense_layers():
-    model = script.create_CNN(44)
+    model = script.create_CNN(7)
     kinds = [type(layer).__name__ for layer in model.layers]
     free = {"LayerNormalization", "BatchNormalization", "ReLU", "Dropout", "SpatialDropout2D"}
     assert [kind for kind in kinds if kind not in free] == [
         "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D", "Flatten", "Dense", "Dense"]
     assert model.input_shape == (None, 48, 48, 1) and model.output_shape == (None, 7)
     assert model.layers[-1].activation is keras.activations.softmax
+    assert script.create_CNN(3).output_shape == (None, 3)
 
 
 @pytest.mark.parametrize(("epochs", "rates"), [(11, (0.0225, 0.05)), (44, (0.09, 0.2)),
                                                (88, (0.18, 0.4)), (120, (0.18, 0.4))])
 def test_dropout_grows_with_the_length_of_the_run(epochs, rates):
-    dropout = [layer.rate for layer in script.create_CNN(epochs).layers if hasattr(layer, "rate")]
+    model = script.create_CNN(7, script.Settings(epochs=epochs).dropout)
+    dropout = [layer.rate for layer in model.layers if hasattr(layer, "rate")]
     assert dropout == pytest.approx(rates)
 
 
 def test_light_and_contrast_do_not_change_the_prediction():
     rng = np.random.default_rng(0)
     images = rng.uniform(60, 120, (4, 48, 48, 1))
-    model = script.create_CNN(44)
+    model = script.create_CNN(7)
     assert np.allclose(model(images), model(2 * images - 60), atol=1e-3)
     assert np.allclose(np.sum(model(images), axis=1), 1, atol=1e-5)
 
@@ -53,8 +74,8 @@ def test_light_and_contrast_do_not_change_the_prediction():
     ("GenuineIntel", "avx512_bf16 amx_tile amx_bf16", "mixed_bfloat16"), ("", "", "float32")])
 def test_bfloat16_only_where_the_processor_is_faster_with_it(monkeypatch, vendor, flags, expected):
     monkeypatch.setattr(script.tf.config, "list_physical_devices", lambda kind: [])
-    monkeypatch.setattr(script, "CPUINFO", f"vendor_id\t: {vendor}\nmodel name\t: Tester 1\n"
-                                           f"flags\t\t: {flags}\n")
+    text = f"vendor_id\t: {vendor}\nmodel name\t: Tester 1\nflags\t\t: {flags}\n"
+    monkeypatch.setattr(script, "processor_information", lambda: text)
     assert script.fastest_precision() == expected
     assert script.processor_name() == "Tester 1"
 
@@ -69,50 +90,48 @@ def test_float16_only_on_gpus_that_have_tensor_cores(monkeypatch, details, expec
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
-def test_saved_model_predicts_in_float32(small_dataset, tmp_path, capfd, precision):
-    training, validation, test = script.load_data(small_dataset, batch_size=8, seed=3)
-    keras.config.set_dtype_policy(precision)
-    try:
-        model = script.create_CNN(44)
-        assert {layer.compute_dtype for layer in model.layers[:-1]} == {precision.split("_")[-1]}
-        script.train_model(model, training, validation, options(), tmp_path)
-    finally:
-        keras.config.set_dtype_policy("float32")
-    saved = keras.models.load_model(tmp_path / "emotion_recognition_cnn.keras")
+def test_saved_model_predicts_in_float32(data, tmp_path, dtype_policy, precision):
+    dtype_policy(precision)
+    model = script.create_CNN(7)
+    assert {layer.compute_dtype for layer in model.layers[:-1]} == {precision.split("_")[-1]}
+    train(model, data)
+    dtype_policy("float32")
+    script.save_network(model, data.emotions, tmp_path / script.NETWORK)
+    saved = keras.models.load_model(tmp_path / script.NETWORK)
     assert {layer.compute_dtype for layer in saved.layers} == {"float32"}
-    predictions = saved.predict(test[0], verbose=0)
+    predictions = saved.predict(data.test.images, verbose=0)
     assert predictions.dtype == "float32"
-    assert np.array_equal(predictions, model.predict(test[0], verbose=0))
+    assert np.array_equal(predictions, model.predict(data.test.images, verbose=0))
 
 
-def test_images_of_rare_emotions_weigh_more(tmp_path, monkeypatch):
+def test_images_of_rare_emotions_weigh_more():
     labels = np.repeat(range(7), [8, 1, 8, 27, 8, 8, 8])
-    images = np.zeros((len(labels), 48, 48, 1), "uint8")
-
-    class Fitted(Exception):
-        pass
-
-    def fit(model, *data, class_weight, **settings):
-        raise Fitted(class_weight)
-
-    monkeypatch.setattr(keras.Sequential, "fit", fit)
-    with pytest.raises(Fitted) as fitted:
-        script.train_model(script.create_CNN(44), script.AugmentedBatches(images, labels, 16, 0),
-                           (images, labels), options(), tmp_path)
-    weight = np.array([fitted.value.args[0][label] for label in range(7)])
-    assert weight / weight[0] == pytest.approx([1, 2, 1, 2 / 3, 1, 1, 1])  # cube roots of rarity
-    assert weight[labels].mean() == pytest.approx(1)
+    weights = script.class_weights(labels)
+    relative = [weights[label] / weights[0] for label in range(7)]
+    assert relative == pytest.approx([1, 2, 1, 2 / 3, 1, 1, 1])  # cube roots of rarity
+    assert np.mean([weights[label] for label in labels]) == pytest.approx(1)
 
 
-def test_one_and_two_workers_give_the_same_history(small_dataset, tmp_path, capfd):
+def test_training_takes_these_weights(data, monkeypatch):
+    fit, given = keras.Sequential.fit, {}
+
+    def fit_and_tell(model, *arguments, **settings):
+        given.update(settings)
+        return fit(model, *arguments, **settings)
+
+    monkeypatch.setattr(keras.Sequential, "fit", fit_and_tell)
+    data.training.labels[:5] = 6  # angry faces are rare, surprised ones are not
+    train(small_network(), data)
+    assert given["class_weight"] == script.class_weights(data.training.labels)
+    assert given["class_weight"][0] > given["class_weight"][6]
+
+
+def test_one_and_two_workers_give_the_same_history(data):
     histories = []
     for workers in (1, 2):
-        training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
-        training.workers = workers
+        data.training.workers = workers
         keras.utils.set_random_seed(3)
-        history = script.train_model(small_network(), training, validation, options(2),
-                                     tmp_path / str(workers))
-        histories.append(history | {"seconds": None})
+        histories.append(without_seconds(train(small_network(), data, epochs=2)))
     assert histories[0] == histories[1] and len(histories[0]["loss"]) == 2
 
 
@@ -123,9 +142,83 @@ def test_same_seed_same_history(small_dataset, whole_run, tmp_path, run_here):
     assert_same_run(tmp_path, whole_run)
 
 
+def test_training_without_a_checkpoint_writes_nothing(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(small_network(), data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_never_makes_the_next_one_train_nothing(data, tmp_path):
+    histories = []
+    for _ in range(2):
+        keras.utils.set_random_seed(3)
+        model = small_network()
+        before = model.get_weights()
+        histories.append(train(model, data, epochs=2, checkpoint=str(tmp_path / "run.npz")))
+        assert not all(map(np.array_equal, before, model.get_weights()))
+        assert {path.name for path in tmp_path.iterdir()} == {"accuracy.png", "loss.png"}
+    assert without_seconds(histories[0]) == without_seconds(histories[1])
+
+
+def test_plots_beside_the_checkpoint_are_current_after_every_epoch(data, tmp_path, monkeypatch):
+    plot, plotted = script.plot_history, []
+
+    def plot_and_tell(history, output_dir):
+        plot(history, output_dir)
+        plotted.append([*history["epoch"], (output_dir / "accuracy.png").read_bytes()])
+
+    monkeypatch.setattr(script, "plot_history", plot_and_tell)
+    train(small_network(), data, epochs=2, checkpoint=tmp_path / script.CHECKPOINT)
+    assert [epochs for *epochs, _ in plotted] == [[1], [1, 2]]
+    assert plotted[0][-1] != plotted[1][-1]
+
+
+def interrupt_after_first_checkpoint(monkeypatch):
+    """Let Ctrl-C be pressed as soon as the first checkpoint is written."""
+    save = script.save_checkpoint
+
+    def save_and_press(*arguments):
+        save(*arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(script, "save_checkpoint", save_and_press)
+
+
+def test_a_notebook_goes_on_where_it_was_interrupted(data, tmp_path, monkeypatch):
+    keras.utils.set_random_seed(3)
+    whole = small_network()
+    history = train(whole, data, epochs=3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after_first_checkpoint(patch)
+        keras.utils.set_random_seed(3)
+        train(small_network(), data, epochs=3, checkpoint=tmp_path / "run.npz")
+    assert (tmp_path / "run.npz").exists()
+    keras.utils.set_random_seed(99)  # a new process has other random numbers
+    resumed = small_network()
+    resumed_history = train(resumed, data, epochs=3, checkpoint=tmp_path / "run.npz")
+    assert without_seconds(resumed_history) == without_seconds(history)
+    assert all(map(np.array_equal, resumed.get_weights(), whole.get_weights()))
+
+
+@pytest.mark.parametrize(("settings", "what"), [
+    ({"epochs": 4}, "epochs"), ({"learning_rate": 0.1}, "learning rate"), ({}, "images")])
+def test_a_checkpoint_of_another_run_is_refused_and_stays(
+        data, tmp_path, monkeypatch, settings, what):
+    checkpoint = tmp_path / "run.npz"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after_first_checkpoint(patch)
+        train(small_network(), data, epochs=3, checkpoint=checkpoint)
+    before = checkpoint.read_bytes()
+    if what == "images":
+        data.training.images[0] = 0
+    with pytest.raises(script.InputError, match=f"run.npz does not fit: the {what} changed since"):
+        train(small_network(), data, **{"epochs": 3, "checkpoint": checkpoint} | settings)
+    assert checkpoint.read_bytes() == before
+
+
 @pytest.mark.parametrize("within, epochs", [("train_step", 0), ("test_step", 1)])
 def test_ctrl_c_within_tensorflow_comes_out_after_it(
-        small_dataset, tmp_path, monkeypatch, capfd, within, epochs):
+        data, tmp_path, monkeypatch, within, epochs):
     step, presses = getattr(keras.Sequential, within), iter([signal.SIGINT])
 
     def press_and_step(*arguments):  # it may be traced twice
@@ -134,25 +227,31 @@ def test_ctrl_c_within_tensorflow_comes_out_after_it(
         return step(*arguments)
 
     monkeypatch.setattr(keras.Sequential, within, press_and_step)
-    training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as interrupt:
-        script.train_model(script.create_CNN(44), training, validation, options(),
-                           tmp_path / "unfinished")
-    assert interrupt.traceback[-1].name == "on_train_batch_end"  # not within TensorFlow
+        train(script.create_CNN(7), data, checkpoint=tmp_path / "unfinished" / script.CHECKPOINT)
+    assert interrupt.traceback[-1].name == "interrupt_if"  # not within TensorFlow
     assert signal.getsignal(signal.SIGINT) is handler
     assert len(kept_history(tmp_path).get("epoch", [])) == epochs
 
 
-def test_ctrl_c_does_what_it_did_after_a_fit_that_failed(small_dataset, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), script.delayed_interrupt() as pressed:
+        assert not pressed.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert pressed.is_set()
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second Ctrl-C did nothing")
+
+
+def test_ctrl_c_does_what_it_did_after_a_fit_that_failed(data, monkeypatch):
     def fit(*_, **__):
         raise ValueError("broken")
 
     monkeypatch.setattr(keras.Sequential, "fit", fit)
-    training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match="broken"):
-        script.train_model(script.create_CNN(44), training, validation, options(), tmp_path)
+        train(small_network(), data)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -178,7 +277,7 @@ def test_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
 
 
 def test_float16_resumes_exactly_although_the_loss_scale_skips_steps(
-        small_dataset, tmp_path, monkeypatch, capfd):
+        data, tmp_path, monkeypatch, dtype_policy):
     """A scale that grows with every step soon is too large, and a step is left out."""
     original, optimizers = keras.optimizers.LossScaleOptimizer.__init__, []
 
@@ -186,32 +285,20 @@ def test_float16_resumes_exactly_although_the_loss_scale_skips_steps(
         original(optimizer, *inner, **settings | {"dynamic_growth_steps": 1})
         optimizers.append(optimizer)
 
-    monkeypatch.setattr(keras.optimizers.LossScaleOptimizer, "__init__", grow_fast)
-    training, validation, _ = script.load_data(small_dataset, batch_size=8, seed=3)
-    keras.config.set_dtype_policy("mixed_float16")
-
-    def train(folder):
+    def train_network(name):
         keras.utils.set_random_seed(3)
         model = small_network()
-        history = script.train_model(model, training, validation, options(2), tmp_path / folder)
-        return history | {"seconds": None}, model.get_weights()
+        history = train(model, data, epochs=2, checkpoint=tmp_path / name)
+        return without_seconds(history), model.get_weights()
 
-    try:
-        history, weights = train("whole")
-        replace = os.replace
-
-        def replace_and_stop(source, target):
-            replace(source, target)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(os, "replace", replace_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train("interrupted")
-        monkeypatch.setattr(os, "replace", replace)
-        assert int(optimizers[-1].inner_optimizer.iterations) < len(training)  # some left out
-        resumed_history, resumed_weights = train("interrupted")
-    finally:
-        keras.config.set_dtype_policy("float32")
+    monkeypatch.setattr(keras.optimizers.LossScaleOptimizer, "__init__", grow_fast)
+    dtype_policy("mixed_float16")
+    history, weights = train_network("whole.npz")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after_first_checkpoint(patch)
+        train_network("interrupted.npz")
+    assert int(optimizers[-1].inner_optimizer.iterations) < len(data.training)  # some left out
+    resumed_history, resumed_weights = train_network("interrupted.npz")
     assert resumed_history == history and len(history["loss"]) == 2
     assert all(map(np.array_equal, resumed_weights, weights))
 
@@ -227,8 +314,6 @@ def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(
     epochs = len(kept_history(tmp_path / "output")["epoch"])
     assert errors.strip().count("\n") == 0 and "--resume" in errors
     assert f"epochs kept in output/unfinished: {epochs}" in errors
-    for name in "accuracy.png", "loss.png":
-        assert Image.open(unfinished / name).size[0] >= 800
 
     # Neither a run that forgets about it nor one with other settings touches it.
     kept = {path.name: path.read_bytes() for path in unfinished.iterdir()}
@@ -239,6 +324,8 @@ def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(
         assert refused.returncode == 2
         assert refused.stderr.count("\n") == 1 and word in refused.stderr
     assert kept == {path.name: path.read_bytes() for path in unfinished.iterdir()}
+    for name in "accuracy.png", "loss.png":
+        assert Image.open(unfinished / name).size[0] >= 800
 
     process = run_here("--resume", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
@@ -423,20 +510,20 @@ def test_resume_notices_that_the_data_changed(
     kept = kept_history(tmp_path / "output")
     process = run_here("--resume", cwd=tmp_path)
     assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
-    assert "the images or the script have changed" in process.stderr
+    assert "images changed since" in process.stderr and "delete" in process.stderr
     assert "output/unfinished" in process.stderr and kept_history(tmp_path / "output") == kept
 
 
 def state_of_nothing(path):
     """Write a checkpoint that is whole and says nothing."""
-    np.savez(path, "[]")
+    np.savez(path, state="[]")
 
 
 def of_another_network(path):
     """Write the checkpoint of a network with other layers, on the same data."""
     with np.load(path) as file:
-        state, first, *others = file.values()
-    np.savez(path, state, first[:-1], *others)
+        arrays = dict(file)
+    np.savez(path, **arrays | {"variable 0": arrays["variable 0"][:-1]})
 
 
 @pytest.mark.parametrize(("damage", "words"), [
@@ -445,7 +532,7 @@ def of_another_network(path):
     (lambda path: path.write_bytes(b""), ["checkpoint.npz is damaged"]),
     (foreign_model, ["checkpoint.npz is damaged"]),
     (state_of_nothing, ["checkpoint.npz is damaged"]),
-    (of_another_network, ["the script have changed", "output/unfinished", "delete"])])
+    (of_another_network, ["the layers changed since", "output/unfinished", "delete"])])
 def test_damaged_or_foreign_state_gives_one_line(unfinished_run, tmp_path, damage, words, run_here):
     shutil.copytree(unfinished_run, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "output/unfinished/checkpoint.npz")

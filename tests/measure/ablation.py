@@ -24,7 +24,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "emotion_recognition_cnn.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import emotion_recognition_cnn as original  # noqa: E402
-import keras  # noqa: E402
 
 # Ingredient: the text of the script that goes, and what comes in its place.
 INGREDIENTS = {
@@ -44,11 +43,11 @@ INGREDIENTS = {
     "half of the dense layer": {"Dense(512,": "Dense(256,"},
     "dropout of whole filters: of features in its place": {
         "layers.SpatialDropout2D(0.18 * ": "layers.Dropout(0.25 * "},
-    "dropout": {"layers.SpatialDropout2D(0.18 * strength),": "",
-                "layers.Dropout(0.4 * strength),": ""},
-    "weaker dropout in short runs": {"min(epochs / 88, 1)": "1"},
-    "cosine decay": {"keras.optimizers.AdamW(schedule)": "keras.optimizers.AdamW(options.learning_rate)"},
-    "augmentation": {"ImageDataGenerator(**self.augmentation)": "ImageDataGenerator()"},
+    "dropout": {"layers.SpatialDropout2D(0.18 * dropout),": "",
+                "layers.Dropout(0.4 * dropout),": ""},
+    "weaker dropout in short runs": {"min(self.epochs / 88, 1)": "1"},
+    "cosine decay": {"keras.optimizers.AdamW(schedule)": "keras.optimizers.AdamW(learning_rate)"},
+    "augmentation": {"ImageDataGenerator(**AUGMENTATION)": "ImageDataGenerator()"},
     "weights of the emotions": {"np.cbrt(count.mean() / count)": "np.ones(len(count))"},
 }
 
@@ -63,21 +62,38 @@ def without(name):
     return text
 
 
-def train(name, seed, validation, options):
-    """Train without an ingredient; return accuracy, balanced accuracy, loss and the seconds."""
+def train(name, data_dir, epochs, seed):
+    """Train without an ingredient; return the network, its emotions and the seconds it took."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, SCRIPT.name)
         script.write_text(without(name))
+        output_dir = Path(folder, "output")
         subprocess.run(
-            [sys.executable, script, "--data-dir", options.data_dir, "--epochs",
-             str(options.epochs), "--seed", str(seed), "--output-dir", Path(folder, "output")],
+            [sys.executable, script, "--data-dir", data_dir, "--epochs", str(epochs),
+             "--seed", str(seed), "--output-dir", output_dir],
             check=True, stdout=subprocess.DEVNULL)
-        metrics = json.loads(Path(folder, "output", "metrics.json").read_text())
-        model = keras.models.load_model(Path(folder, "output", original.MODEL))
-    clean = np.zeros(len(validation[1]), bool)  # of no matter here
+        metrics = json.loads((output_dir / "metrics.json").read_text())
+        model, emotions = original.load_network(output_dir / original.NETWORK)
+    return model, emotions, metrics["seconds"]
+
+
+def measure(name, data_dir, epochs, seed):
+    """Train without an ingredient; return accuracy, balanced accuracy, loss and the seconds."""
+    model, emotions, seconds = train(name, data_dir, epochs, seed)
     with contextlib.redirect_stdout(None):
-        figures, _ = original.evaluate_model(model, *validation, clean)
-    return figures["accuracy"], figures["balanced_accuracy"], figures["loss"], metrics["seconds"]
+        # The seed chooses the validation images where file names do not tell them.
+        validation = original.load_data(data_dir, seed=seed).validation
+        none_clean = np.zeros(len(validation.labels), bool)  # of no matter here
+        scores, _ = original.evaluate_model(model, validation._replace(clean=none_clean), emotions)
+    return scores["accuracy"], scores["balanced_accuracy"], scores["loss"], seconds
+
+
+def mean_and_spread(values, style):
+    """Return the mean of some values, and their standard deviation if there are several."""
+    text = f"{statistics.mean(values):{style}}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):{style}}"
+    return text
 
 
 def main():
@@ -91,17 +107,14 @@ def main():
     parser.add_argument("--only", nargs="+", choices=INGREDIENTS, default=list(INGREDIENTS),
                         metavar="INGREDIENT", help="some of the ingredients")
     options = parser.parse_args()
-    _, validation, _ = original.load_data(Path(options.data_dir), 1, 0)
     print("| without | accuracy | balanced accuracy | loss | runs | minutes |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     for name in options.only:
-        *figures, seconds = zip(*(train(name, seed, validation, options)
-                                  for seed in options.seeds))
-        columns = [f"{statistics.mean(of):{style}}"
-                   + (f" ± {statistics.stdev(of):{style}}" if len(of) > 1 else "")
-                   for of, style in zip(figures, (".1%", ".1%", ".3f"))]
-        print(f"| {name} | {' | '.join(columns)} | {len(seconds)} | "
-              f"{statistics.mean(seconds) / 60:.1f} |", flush=True)
+        runs = [measure(name, options.data_dir, options.epochs, seed) for seed in options.seeds]
+        accuracy, balanced_accuracy, loss, seconds = zip(*runs)
+        print(f"| {name} | {mean_and_spread(accuracy, '.1%')} | "
+              f"{mean_and_spread(balanced_accuracy, '.1%')} | {mean_and_spread(loss, '.3f')} | "
+              f"{len(runs)} | {statistics.mean(seconds) / 60:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,19 @@ The precision is the one that the script chooses on this machine, or that of --p
 Each contender trains in a process of its own; they take turns, round by round, so that a noisy
 machine is as noisy for all.  All have the script's network, batch size and optimiser:
 
-  script          the script's own pipeline: images in memory, augmented by ImageDataGenerator
-  ceiling         the same network and precision on images in memory, nothing augmented
-  plain Keras     what tutorials write: flow_from_directory, the same augmentation, default compile
-  PyTorch eager   float32, images in memory, nothing augmented
-  PyTorch tuned   bfloat16 autocast where the script computes in it, channels last, fused AdamW,
-                  images in memory, nothing augmented
+  script             the script's own pipeline: images in memory, augmented by ImageDataGenerator
+                     in two threads
+  ceiling            the same network and precision on images in memory, nothing augmented
+  plain Keras        what tutorials write: flow_from_directory, the same augmentation, default
+                     compile, float32
+  PyTorch eager      float32, images in memory, nothing augmented
+  PyTorch tuned      bfloat16 autocast where the script computes in it, channels last, fused AdamW,
+                     images in memory, nothing augmented
+  PyTorch augmented  as tuned, the images augmented by the same ImageDataGenerator in two processes
+                     of PyTorch's DataLoader: what script is, in PyTorch
 
-PyTorch takes part where it is installed (pip install torch).
+PyTorch takes part where it is installed (pip install torch).  Its contenders stand in
+benchmark_pytorch.py.  Peak memory is that of the process that trains, without the two beside it.
 """
 
 import argparse
@@ -32,130 +37,118 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-BATCH_SIZE, LEARNING_RATE = 128, 6e-3
+import emotion_recognition_cnn as script  # noqa: E402
+import keras  # noqa: E402
+
+SETTINGS = script.Settings()
 WARM_UP = 10  # steps at the start of a round that are not counted
 
 
 def keras_contender(name, data_dir, precision):
-    """Return a function that trains for some steps and gives the times at which each ended."""
-    import emotion_recognition_cnn as script
-    import keras
+    """Return a function that trains for some steps and gives the times at which each ended.
 
-    keras.utils.set_random_seed(0)
+    Returns, too, how many steps it can train for at most.
+    """
+    keras.utils.set_random_seed(SETTINGS.seed)
     if name == "plain Keras":
-        augmentation = script.ImageDataGenerator(**script.AugmentedBatches.augmentation)
-        training = augmentation.flow_from_directory(
-            Path(data_dir, "train"), target_size=script.IMAGE_SIZE, color_mode="grayscale",
-            class_mode="sparse", batch_size=BATCH_SIZE)
-        data = {"x": training}
+        generator = script.ImageDataGenerator(**script.AUGMENTATION)
+        training = generator.flow_from_directory(
+            Path(data_dir, "train"), target_size=(script.SIZE, script.SIZE),
+            color_mode="grayscale", class_mode="sparse", batch_size=SETTINGS.batch_size)
+        images, classes = training.samples, training.num_classes
     else:
         keras.config.set_dtype_policy(precision)
-        training, _, _ = script.load_data(Path(data_dir), BATCH_SIZE, 0)
-        data = {"x": training}
-        if name == "ceiling":
-            data = {"x": training.images, "y": training.labels, "batch_size": BATCH_SIZE}
-    model = script.create_CNN(44)
-    model.compile(keras.optimizers.AdamW(LEARNING_RATE), "sparse_categorical_crossentropy",
-                  metrics=["accuracy"])
+        emotions, training, _, _ = script.load_data(data_dir)
+        images, classes = len(training.images), len(emotions)
+    data = {"x": training}
+    if name == "ceiling":
+        data = {"x": training.images, "y": training.labels, "batch_size": SETTINGS.batch_size}
+    model = script.create_CNN(classes, SETTINGS.dropout)
+    model.compile(keras.optimizers.AdamW(SETTINGS.learning_rate),
+                  "sparse_categorical_crossentropy", metrics=["accuracy"])
 
     def train(steps):
         times = []
+        drawing = 0
+        if name == "script":  # the start of an epoch draws its transforms: each step has its share
+            start = time.time()
+            training.start_epoch(0)
+            drawing = (time.time() - start) / len(training)
         model.fit(**data, steps_per_epoch=steps, verbose=0, callbacks=[
             keras.callbacks.LambdaCallback(
                 on_train_batch_end=lambda batch, logs: times.append(time.time()))])
-        return times
+        return [moment + step * drawing for step, moment in enumerate(times)]
 
-    return train, len(training)
-
-
-def as_torch(model):
-    """Translate the layers of the script's network into PyTorch modules."""
-    from torch import nn
-
-    class FilterNorm(nn.LayerNorm):
-        """Normalises across the filters at each place, as Keras's LayerNormalization."""
-        def forward(self, images):
-            return super().forward(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    modules, channels = [], 1
-    for layer in model.layers:
-        kind = type(layer).__name__
-        size, shape = layer.input.shape[1], layer.output.shape
-        if kind == "LayerNormalization":  # across the image, or across the filters
-            modules.append(nn.LayerNorm([1, *shape[1:3]], layer.epsilon, elementwise_affine=False)
-                           if len(layer.axis) == 3 else FilterNorm(channels, layer.epsilon))
-        elif kind == "Conv2D":
-            modules.append(nn.Conv2d(channels, layer.filters, layer.kernel_size, layer.strides,
-                                     padding=layer.padding, bias=layer.use_bias))
-        elif kind == "MaxPooling2D":
-            # Of an odd border, Keras puts the larger part below and right; so does ceil_mode.
-            border = (shape[1] - 1) * layer.strides[0] + layer.pool_size[0] - size
-            modules.append(nn.MaxPool2d(layer.pool_size, layer.strides, max(border, 0) // 2,
-                                        ceil_mode=True))
-        elif kind == "BatchNormalization":
-            norm = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
-            modules.append(norm(shape[-1], layer.epsilon, 1 - layer.momentum))
-        elif kind == "ReLU":
-            modules.append(nn.ReLU())
-        elif kind == "SpatialDropout2D":
-            modules.append(nn.Dropout2d(layer.rate))
-        elif kind == "Dropout":
-            modules.append(nn.Dropout(layer.rate))
-        elif kind == "Flatten":
-            modules.append(nn.Flatten())
-        elif kind == "Dense":  # the softmax is part of PyTorch's cross-entropy
-            modules.append(nn.Linear(channels, layer.units, bias=layer.use_bias))
-        else:
-            raise NotImplementedError(f"no translation for a {kind} layer")
-        channels = shape[-1]
-    return nn.Sequential(*modules)
-
-
-def torch_contender(name, data_dir, precision):
-    """As `keras_contender`, in PyTorch."""
-    import emotion_recognition_cnn as script
-    import torch
-
-    torch.manual_seed(0)
-    training, _, _ = script.load_data(Path(data_dir), BATCH_SIZE, 0)
-    images = torch.from_numpy(training.images).permute(0, 3, 1, 2).float()
-    labels = torch.from_numpy(training.labels)
-    model = as_torch(script.create_CNN(44))
-    tuned = name == "PyTorch tuned"
-    if tuned:
-        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=tuned)
-    bfloat16 = tuned and precision == "mixed_bfloat16"
-
-    def train(steps):
-        times = []
-        for chosen in torch.randperm(len(labels))[: steps * BATCH_SIZE].split(BATCH_SIZE):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                loss = torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
-            loss.backward()
-            optimizer.step()
-            times.append(time.time())
-        return times
-
-    return train, len(labels) // BATCH_SIZE
+    return train, images // SETTINGS.batch_size
 
 
 def contend(name, data_dir, precision, seconds):
     """Be one contender: train a round for each line on stdin, answer with a line of JSON."""
     answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # what libraries print is no answer
-    contender = torch_contender if "PyTorch" in name else keras_contender
+    contender = keras_contender
+    if name.startswith("PyTorch"):
+        from benchmark_pytorch import pytorch_contender  # here: PyTorch need not be installed
+        contender = pytorch_contender
     train, most = contender(name, data_dir, precision)
-    times = train(2 * WARM_UP)
+    times = train(min(most, 2 * WARM_UP))
     step = (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP)
     steps = min(most, WARM_UP + max(10, round(seconds / step)))
     print(json.dumps({"first_batch": times[0]}), file=answers, flush=True)
     for _ in sys.stdin:
         times = train(steps)
-        rate = (steps - 1 - WARM_UP) * BATCH_SIZE / (times[-1] - times[WARM_UP])
+        rate = (steps - 1 - WARM_UP) * SETTINGS.batch_size / (times[-1] - times[WARM_UP])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak /= 2**20 if platform.system() == "Darwin" else 2**10  # bytes there, KiB here
         print(json.dumps({"rate": rate, "peak": peak}), file=answers, flush=True)
+
+
+def start_contender(name, data_dir, precision, seconds):
+    """Start the process of a contender; return it and the seconds to its first batch."""
+    start = time.time()
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--contender", name, "--data-dir", data_dir,
+         "--precision", precision, "--seconds", str(seconds)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    answer = json.loads(process.stdout.readline())
+    return process, answer["first_batch"] - start
+
+
+def train_round(process):
+    """Let a contender train for a round; return images/s and its peak memory in MiB."""
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    answer = json.loads(process.stdout.readline())
+    return answer["rate"], answer["peak"]
+
+
+def compare(names, data_dir, precision, rounds, seconds):
+    """Let the contenders train in turns.
+
+    Returns, by name, images/s of each round, peak memory in MiB and the seconds to the first batch.
+    """
+    processes, first_batch, rates, peak = {}, {}, {name: [] for name in names}, {}
+    for name in names:  # one after the other: each start is measured alone
+        processes[name], first_batch[name] = start_contender(name, data_dir, precision, seconds)
+    for number in range(1, rounds + 1):
+        for name in names:
+            rate, peak[name] = train_round(processes[name])
+            rates[name].append(rate)
+        latest = ", ".join(f"{name} {rates[name][-1]:.0f}" for name in names)
+        print(f"round {number}: {latest}", flush=True)
+    for process in processes.values():
+        process.communicate()
+    return rates, peak, first_batch
+
+
+def print_table(rates, peak, first_batch):
+    """Print a row for each contender."""
+    print("| contender | images/s (median) | lowest to highest | script is | peak memory | "
+          "start to first batch |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, of in rates.items():
+        ratio = statistics.median(own / other for own, other in zip(rates["script"], of))
+        print(f"| {name} | {statistics.median(of):.0f} | {min(of):.0f} to {max(of):.0f} | "
+              f"{ratio:.2f} times as fast | {peak[name]:.0f} MiB | {first_batch[name]:.1f} s |")
 
 
 def main():
@@ -166,50 +159,24 @@ def main():
     parser.add_argument("--seconds", type=float, default=10, help="length of a round")
     parser.add_argument("--precision", choices=("float32", "mixed_bfloat16", "mixed_float16"),
                         help="default: the script's choice on this machine")
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)  # by this script itself
     options = parser.parse_args()
     if options.contender:
-        return contend(options.contender, options.data_dir, options.precision, options.seconds)
+        contend(options.contender, options.data_dir, options.precision, options.seconds)
+        return
 
-    import emotion_recognition_cnn as script
-
-    drawings = tempfile.TemporaryDirectory()
-    data_dir = options.data_dir or drawings.name
     precision = options.precision or script.fastest_precision()
-    if not options.data_dir:
-        script.draw_faces(data_dir, 0)
     names = ["script", "ceiling", "plain Keras"]
     if importlib.util.find_spec("torch"):
-        names += ["PyTorch eager", "PyTorch tuned"]
-    processes, first_batch, rates, peak = {}, {}, {name: [] for name in names}, {}
-    for name in names:  # one after the other: each start is measured alone
-        start = time.time()
-        processes[name] = subprocess.Popen(
-            [sys.executable, __file__, "--contender", name, "--data-dir", str(data_dir),
-             "--precision", precision, "--seconds", str(options.seconds)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        first_batch[name] = json.loads(processes[name].stdout.readline())["first_batch"] - start
-    for number in range(options.rounds):
-        for name, process in processes.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            rates[name].append(answer["rate"])
-            peak[name] = answer["peak"]
-        print(f"round {number + 1}:", ", ".join(f"{name} {rates[name][-1]:.0f}" for name in names),
-              flush=True)
-    for process in processes.values():
-        process.communicate()
-
-    print(f"\n{script.processor_name()}, {precision}, batch size {BATCH_SIZE}, "
+        names += ["PyTorch eager", "PyTorch tuned", "PyTorch augmented"]
+    with tempfile.TemporaryDirectory() as drawings:
+        if not options.data_dir:
+            script.draw_faces(drawings, 0)
+        rates, peak, first_batch = compare(names, options.data_dir or drawings, precision,
+                                           options.rounds, options.seconds)
+    print(f"\n{script.processor_name()}, {precision}, batch size {SETTINGS.batch_size}, "
           f"{options.rounds} rounds of {options.seconds:.0f} s\n")
-    print("| contender | images/s (median) | lowest to highest | script is | peak memory | "
-          "start to first batch |\n| --- | --- | --- | --- | --- | --- |")
-    for name in names:
-        ratio = statistics.median(own / other for own, other in zip(rates["script"], rates[name]))
-        print(f"| {name} | {statistics.median(rates[name]):.0f} | {min(rates[name]):.0f} to "
-              f"{max(rates[name]):.0f} | {ratio:.2f} times as fast | {peak[name]:.0f} MiB | "
-              f"{first_batch[name]:.1f} s |")
+    print_table(rates, peak, first_batch)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,80 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-FIGURES = {"accuracy": "accuracy", "clean": "clean_accuracy", "balanced": "balanced_accuracy",
-           "single image": "single_image_accuracy"}  # of the test images
+SCORES = {"accuracy": "accuracy", "clean": "clean_accuracy", "balanced": "balanced_accuracy",
+          "single image": "single_image_accuracy"}  # of the test images
+
+
+def read_runs(folders):
+    """Return the metrics of finished runs: a list for each (epochs, processor and precision)."""
+    budgets = {}
+    for folder in folders:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        settings = metrics["settings"]
+        processor = re.sub(r"\(R\)| Processor", "", metrics["processor"])
+        budget = settings["epochs"], f"{processor}, {settings['precision']}"
+        budgets.setdefault(budget, []).append(metrics)
+    return budgets
+
+
+def least_minutes(runs):
+    """Return the minutes of the fastest of some runs."""
+    return min(run["seconds"] for run in runs) / 60
+
+
+def mean_and_spread(values):
+    """Return the mean of shares and their standard deviation, in per cent; NaN where it is one."""
+    mean = 100 * statistics.mean(values)
+    spread = 100 * statistics.stdev(values) if len(values) > 1 else math.nan
+    return mean, spread
+
+
+def print_table(budgets):
+    """Print a row for each budget."""
+    print("| epochs | processor | seeds | minutes | " + " | ".join(SCORES) + " | PublicTest |")
+    print("| --- " * (5 + len(SCORES)) + "|")
+    for (epochs, processor), runs in sorted(budgets.items()):
+        seeds = sorted(run["settings"]["seed"] for run in runs)
+        row = [str(epochs), processor, " ".join(map(str, seeds)), f"{least_minutes(runs):.1f}"]
+        accuracies = [[run["test"][name] for run in runs] for name in SCORES.values()]
+        accuracies.append([run["validation"]["accuracy"] for run in runs])
+        for values in accuracies:
+            mean, spread = mean_and_spread(values)
+            row.append(f"{mean:.1f} %" if len(runs) == 1 else f"{mean:.1f} ± {spread:.1f} %")
+        print("| " + " | ".join(row) + " |")
+
+
+def draw_curve(axes, points, processor, form, color, offset):
+    """Draw the points (minutes, accuracy, its spread, epochs) of a processor."""
+    minutes, accuracy, spread, budgets = zip(*points)
+    axes.errorbar(minutes, accuracy, spread, fmt=form, color=color, capsize=5, label=processor)
+    for x, y, epochs in zip(minutes, accuracy, budgets):
+        axes.annotate(f"{epochs} epochs", (x, y), offset, textcoords="offset points")
+
+
+def draw_picture(budgets, path):
+    """Draw accuracy against minutes, a curve for each processor and precision."""
+    curves = {}
+    for (epochs, processor), runs in sorted(budgets.items()):
+        mean, spread = mean_and_spread([run["test"]["accuracy"] for run in runs])
+        curves.setdefault(processor, []).append((least_minutes(runs), mean, spread, epochs))
+    plt.rcParams.update({"font.size": 15, "figure.dpi": 150, "lines.linewidth": 2.5})
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    styles = itertools.cycle([("o-", "#0072B2", (14, -20)), ("s-", "#D55E00", (14, -5)),
+                              ("D-", "#009E73", (-120, -5))])
+    for style, (processor, points) in zip(styles, sorted(curves.items())):
+        draw_curve(axes, points, processor, *style)
+    axes.legend(loc="lower right")
+    axes.set(title="Accuracy on PrivateTest against time", ylabel="accuracy (%)",
+             xlabel="minutes of the run (logarithmic)", xscale="log")
+    ticks = (1, 2, 5, 10, 20, 30, 60, 120, 240)
+    axes.set_xticks(ticks, map(str, ticks))
+    all_minutes = [least_minutes(runs) for runs in budgets.values()]
+    axes.set_xlim(min(all_minutes) / 2, max(all_minutes) * 2)
+    axes.minorticks_off()
+    axes.margins(y=0.2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
 
 
 def main():
@@ -31,49 +103,10 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of finished runs")
     parser.add_argument("--picture", type=Path, help="where to draw accuracy against minutes")
     options = parser.parse_args()
-    budgets = {}  # epochs, processor and precision: the metrics of each run
-    for run in options.runs:
-        metrics = json.loads((run / "metrics.json").read_text())
-        settings = metrics["hyper_parameters"]
-        processor = re.sub(r"\(R\)| Processor", "", metrics["processor"])
-        budget = settings["epochs"], f"{processor}, {settings['precision']}"
-        budgets.setdefault(budget, []).append(metrics)
-    points = {}  # by processor and precision: minutes, mean accuracy, standard deviation, epochs
-    print("| epochs | processor | seeds | minutes | " + " | ".join(FIGURES) + " | PublicTest |\n"
-          + "| --- " * (5 + len(FIGURES)) + "|")
-    for (epochs, processor), runs in sorted(budgets.items()):
-        values = [*([run["test"][name] for run in runs] for name in FIGURES.values()),
-                  [run["validation"]["accuracy"] for run in runs]]
-        means = [100 * statistics.mean(of) for of in values]
-        spreads = [100 * statistics.stdev(of) if len(of) > 1 else math.nan for of in values]
-        minutes = min(run["seconds"] for run in runs) / 60
-        points.setdefault(processor, []).append((minutes, means[0], spreads[0], epochs))
-        seeds = " ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
-        print(f"| {epochs} | {processor} | {seeds} | {minutes:.1f} | " + " | ".join(
-                  f"{mean:.1f}" + (f" ± {spread:.1f}" if len(runs) > 1 else "") + " %"
-                  for mean, spread in zip(means, spreads)) + " |")
+    budgets = read_runs(options.runs)
+    print_table(budgets)
     if options.picture:
-        plt.rcParams.update({"font.size": 15, "figure.dpi": 150, "lines.linewidth": 2.5})
-        figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-        styles = itertools.cycle([("o-", "#0072B2", (14, -20)), ("s-", "#D55E00", (14, -5)),
-                                  ("D-", "#009E73", (-120, -5))])
-        for (form, color, offset), (processor, of) in zip(styles, sorted(points.items())):
-            minutes, means, spreads, budget = zip(*of)
-            axes.errorbar(minutes, means, spreads, fmt=form, color=color, capsize=5,
-                          label=processor)
-            for x, y, epochs in zip(minutes, means, budget):
-                axes.annotate(f"{epochs} epochs", (x, y), offset, textcoords="offset points")
-        axes.legend(loc="lower right")
-        axes.set(title="Accuracy on PrivateTest against time", ylabel="accuracy (%)",
-                 xlabel="minutes of the run (logarithmic)", xscale="log")
-        ticks = (1, 2, 5, 10, 20, 30, 60, 120, 240)
-        axes.set_xticks(ticks, map(str, ticks))
-        all_minutes = [point[0] for of in points.values() for point in of]
-        axes.set_xlim(min(all_minutes) / 2, max(all_minutes) * 2)
-        axes.minorticks_off()
-        axes.margins(y=0.2)
-        axes.grid(alpha=0.3)
-        figure.savefig(options.picture)
+        draw_picture(budgets, options.picture)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,37 @@ import keras  # noqa: E402
 from keras import layers  # noqa: E402
 
 
+def create_plain_CNN(classes):
+    """Build the network of the tutorials: images (n x 48 x 48 x 1, pixels 0-1) to probabilities."""
+    return keras.Sequential([
+        keras.Input((script.SIZE, script.SIZE, 1)),
+        layers.Conv2D(32, 3, activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Conv2D(64, 3, activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        layers.Dense(128, activation="relu"),
+        layers.Dense(classes, activation="softmax"),
+    ])
+
+
+class Report(keras.callbacks.Callback):
+    """Print the validation accuracy after each epoch; stop when the minutes are over."""
+
+    def __init__(self, minutes):
+        super().__init__()
+        self.minutes = minutes
+        self.best = 0
+        self.start = time.time()
+
+    def on_epoch_end(self, epoch, logs=None):
+        minutes = (time.time() - self.start) / 60
+        self.best = max(self.best, logs["val_accuracy"])
+        print(f"{minutes:5.1f} minutes, epoch {epoch + 1}: validation accuracy "
+              f"{logs['val_accuracy']:.2%}, best {self.best:.2%}", flush=True)
+        self.model.stop_training = minutes >= self.minutes
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,34 +58,15 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     keras.utils.set_random_seed(options.seed)
-    _, (images, labels), _ = script.load_data(options.data_dir, 64, options.seed)
-    augmentation = script.ImageDataGenerator(rescale=1 / 255,
-                                             **script.AugmentedBatches.augmentation)
-    training = augmentation.flow_from_directory(
-        options.data_dir / "train", target_size=script.IMAGE_SIZE, color_mode="grayscale",
+    data = script.load_data(options.data_dir, seed=options.seed)
+    generator = script.ImageDataGenerator(rescale=1 / 255, **script.AUGMENTATION)
+    training = generator.flow_from_directory(
+        options.data_dir / "train", target_size=(script.SIZE, script.SIZE), color_mode="grayscale",
         batch_size=64, class_mode="sparse", seed=options.seed)
-    model = keras.Sequential([
-        keras.Input((*script.IMAGE_SIZE, 1)),
-        layers.Conv2D(32, 3, activation="relu"),
-        layers.MaxPooling2D(),
-        layers.Conv2D(64, 3, activation="relu"),
-        layers.MaxPooling2D(),
-        layers.Flatten(),
-        layers.Dense(128, activation="relu"),
-        layers.Dense(len(script.EMOTIONS), activation="softmax"),
-    ])
+    model = create_plain_CNN(len(data.emotions))
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    start, best = time.time(), 0
-
-    def report(epoch, logs):
-        nonlocal best
-        minutes, best = (time.time() - start) / 60, max(best, logs["val_accuracy"])
-        print(f"{minutes:5.1f} minutes, epoch {epoch + 1}: validation accuracy "
-              f"{logs['val_accuracy']:.2%}, best {best:.2%}", flush=True)
-        model.stop_training = minutes >= options.minutes
-
-    model.fit(training, validation_data=(images / 255, labels), epochs=10**6,
-              verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=report)])
+    model.fit(training, validation_data=(data.validation.images / 255, data.validation.labels),
+              epochs=10**6, verbose=0, callbacks=[Report(options.minutes)])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""The contenders of benchmark.py that train the script's network in PyTorch."""
+
+import itertools
+import time
+
+import emotion_recognition_cnn as script
+import numpy as np
+import torch
+from torch import nn
+
+SETTINGS = script.Settings()
+
+
+# --- Network --------------------------------------------------------------------------------------
+class FilterNorm(nn.LayerNorm):
+    """Normalises across the filters at each place, as Keras's LayerNormalization."""
+
+    def forward(self, images):
+        return super().forward(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def layer_normalization(layer):
+    height, width, channels = layer.output.shape[1:]
+    if len(layer.axis) == 3:  # across the image, or else across the filters
+        return nn.LayerNorm([channels, height, width], layer.epsilon, elementwise_affine=False)
+    return FilterNorm(channels, layer.epsilon)
+
+
+def convolution(layer):
+    return nn.Conv2d(layer.input.shape[-1], layer.filters, layer.kernel_size, layer.strides,
+                     padding=layer.padding, bias=layer.use_bias)
+
+
+def pooling(layer):
+    height, pooled_height = layer.input.shape[1], layer.output.shape[1]
+    border = (pooled_height - 1) * layer.strides[0] + layer.pool_size[0] - height
+    # Of an odd border, Keras puts the larger part below and right; so does ceil_mode.
+    return nn.MaxPool2d(layer.pool_size, layer.strides, max(border, 0) // 2, ceil_mode=True)
+
+
+def batch_normalization(layer):
+    shape = layer.output.shape
+    norm = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
+    return norm(shape[-1], layer.epsilon, 1 - layer.momentum)
+
+
+def dense(layer):  # the softmax is part of PyTorch's cross-entropy
+    return nn.Linear(layer.input.shape[-1], layer.units, bias=layer.use_bias)
+
+
+IN_PYTORCH = {
+    "LayerNormalization": layer_normalization,
+    "Conv2D": convolution,
+    "MaxPooling2D": pooling,
+    "BatchNormalization": batch_normalization,
+    "ReLU": lambda layer: nn.ReLU(),
+    "SpatialDropout2D": lambda layer: nn.Dropout2d(layer.rate),
+    "Dropout": lambda layer: nn.Dropout(layer.rate),
+    "Flatten": lambda layer: nn.Flatten(),
+    "Dense": dense,
+}
+
+
+def in_pytorch(model):
+    """Translate the layers of the script's network into PyTorch modules."""
+    return nn.Sequential(*[IN_PYTORCH[type(layer).__name__](layer) for layer in model.layers])
+
+
+# --- Data -----------------------------------------------------------------------------------------
+class AugmentedImages(torch.utils.data.Dataset):
+    """Images (float32, 1 x 48 x 48) and labels, augmented by the script's ImageDataGenerator."""
+
+    def __init__(self, training):
+        self.images = training.images
+        self.labels = training.labels
+        self.generator = training.generator
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image = self.generator.random_transform(self.images[index])
+        image = self.generator.standardize(image.astype("float32"))
+        return np.moveaxis(image, 2, 0), self.labels[index]
+
+
+def augmented_batches(training):
+    """Return a function that gives some batches, which two processes augment meanwhile."""
+    # Spawned, as a forked process would inherit TensorFlow's threads, and may wait for them for
+    # ever.  random_transform draws from NumPy's global numbers: PyTorch seeds them in each process.
+    loader = torch.utils.data.DataLoader(
+        AugmentedImages(training), SETTINGS.batch_size, shuffle=True, drop_last=True,
+        num_workers=2, multiprocessing_context="spawn", persistent_workers=True)
+    return lambda steps: itertools.islice(loader, steps)
+
+
+def batches_from_memory(training, memory_format):
+    """Return a function that gives some batches of images as they are."""
+    images = torch.from_numpy(training.images).permute(0, 3, 1, 2).float()
+    images = images.to(memory_format=memory_format)
+    labels = torch.from_numpy(training.labels)
+
+    def batches(steps):
+        order = torch.randperm(len(labels))[: steps * SETTINGS.batch_size]
+        for chosen in order.split(SETTINGS.batch_size):
+            yield images[chosen], labels[chosen]
+
+    return batches
+
+
+# --- Training -------------------------------------------------------------------------------------
+def pytorch_contender(name, data_dir, precision):
+    """As `keras_contender` in benchmark.py."""
+    torch.manual_seed(SETTINGS.seed)
+    data = script.load_data(data_dir)
+    tuned = name != "PyTorch eager"
+    memory_format = torch.channels_last if tuned else torch.contiguous_format
+    model = in_pytorch(script.create_CNN(len(data.emotions), SETTINGS.dropout))
+    model = model.to(memory_format=memory_format)
+    optimizer = torch.optim.AdamW(model.parameters(), SETTINGS.learning_rate, fused=tuned)
+    bfloat16 = tuned and precision == "mixed_bfloat16"
+    if name == "PyTorch augmented":
+        batches = augmented_batches(data.training)
+    else:
+        batches = batches_from_memory(data.training, memory_format)
+
+    def train(steps):
+        times = []
+        for images, labels in batches(steps):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                loss = nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            times.append(time.time())
+        return times
+
+    return train, len(data.training.labels) // SETTINGS.batch_size
