@@ -579,14 +579,14 @@ def views_of(images):
 
     Three sizes at three heights, two pixels apart, and all of them mirrored.
     """
-    wide = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), "edge")  # 56 x 56
+    wide = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), "edge").astype("float32")  # 56 x 56
     views = []
     for size in (44, 48, 52):  # what is cut out: the face looks larger, as it is, smaller
         margin = (56 - size) // 2
         for shift in (-2, 0, 2):  # the face stands lower, as it is, higher
             top = margin + shift
             view = wide[:, top:top + size, margin:margin + size]
-            views.append(tf.image.resize(view, (SIZE, SIZE)))
+            views.append(keras.ops.image.resize(view, (SIZE, SIZE)))
     mirrored = [view[:, :, ::-1] for view in views]
     return np.concatenate(views + mirrored)
 
@@ -643,7 +643,8 @@ def evaluate_model(model, test, emotions):
     seconds = time.perf_counter() - start
     predictions = probabilities.argmax(axis=1)
     correct = predictions == test.labels
-    confusion = tf.math.confusion_matrix(test.labels, predictions, len(emotions)).numpy()
+    confusion = np.zeros((len(emotions), len(emotions)), int)
+    np.add.at(confusion, (test.labels, predictions), 1)
     loss = keras.losses.sparse_categorical_crossentropy(test.labels, probabilities)
     by_emotion = scores_by_emotion(confusion, emotions)
     scores = {

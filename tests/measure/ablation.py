@@ -1,29 +1,41 @@
 """Measure what each ingredient of the recipe gives: train without it and look at validation.
 
-    python tests/measure/ablation.py --data-dir data --epochs 20 --seeds 0 1 2
+    python tests/measure/ablation.py --data-dir data --epochs 8 --seeds 0 1
 
 Each ingredient is some text of the script; what stands in its place is the plain alternative.
-The changed script is run as a user would run it, and the network that it leaves classifies the
-validation images (PublicTest), averaged over the views that the script takes of an image: the test
-images take no part in any choice.  Loss is the mean cross-entropy, in nats.
+The network that the changed script trains classifies the validation images (PublicTest), averaged
+over the views that the script takes of an image: the test images take no part in any choice.  Loss
+is the mean cross-entropy, in nats.
+
+On a GPU, --backend jax needs no TensorFlow, and --jobs trains several networks at once.
 """
 
 import argparse
 import contextlib
-import json
+import importlib.util
+import io
+import itertools
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 SCRIPT = Path(__file__).resolve().parents[2] / "emotion_recognition_cnn.py"
-sys.path.insert(0, str(SCRIPT.parent))
 
-import emotion_recognition_cnn as original  # noqa: E402
+# What Keras needs in the text of the script to compute with another backend.
+BACKENDS = {
+    "tensorflow": {},
+    "jax": {
+        'os.environ["KERAS_BACKEND"] = "tensorflow"': 'os.environ["KERAS_BACKEND"] = "jax"',
+        "    import tensorflow as tf\n": "",
+        "from tensorflow.keras.preprocessing": "from keras.src.legacy.preprocessing"},
+}
 
 # Ingredient: the text of the script that goes, and what comes in its place.
 INGREDIENTS = {
@@ -52,39 +64,43 @@ INGREDIENTS = {
 }
 
 
-def without(name):
-    """Return the text of the script without an ingredient."""
+def without(name, backend="tensorflow"):
+    """Return the text of the script without an ingredient, for a backend of Keras."""
     text = SCRIPT.read_text()
-    for old, new in INGREDIENTS[name].items():
+    for old, new in (INGREDIENTS[name] | BACKENDS[backend]).items():
         if old not in text:
-            sys.exit(f"error: the script no longer holds {old!r}, the ingredient {name!r}")
+            sys.exit(f"error: the script no longer holds {old!r}, of {name!r} or {backend!r}")
         text = text.replace(old, new)
     return text
 
 
-def train(name, data_dir, epochs, seed):
-    """Train without an ingredient; return the network, its emotions and the seconds it took."""
+def load_script(text):
+    """Return the script as a module, from its text."""
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, SCRIPT.name)
-        script.write_text(without(name))
-        output_dir = Path(folder, "output")
-        subprocess.run(
-            [sys.executable, script, "--data-dir", data_dir, "--epochs", str(epochs),
-             "--seed", str(seed), "--output-dir", output_dir],
-            check=True, stdout=subprocess.DEVNULL)
-        metrics = json.loads((output_dir / "metrics.json").read_text())
-        model, emotions = original.load_network(output_dir / original.NETWORK)
-    return model, emotions, metrics["seconds"]
+        path = Path(folder, SCRIPT.name)
+        path.write_text(text)
+        specification = importlib.util.spec_from_file_location("script", path)
+        script = importlib.util.module_from_spec(specification)
+        sys.modules["script"] = script
+        specification.loader.exec_module(script)
+    return script
 
 
-def measure(name, data_dir, epochs, seed):
+def measure(name, seed, options):
     """Train without an ingredient; return accuracy, balanced accuracy, loss and the seconds."""
-    model, emotions, seconds = train(name, data_dir, epochs, seed)
-    with contextlib.redirect_stdout(None):
-        # The seed chooses the validation images where file names do not tell them.
-        validation = original.load_data(data_dir, seed=seed).validation
-        none_clean = np.zeros(len(validation.labels), bool)  # of no matter here
-        scores, _ = original.evaluate_model(model, validation._replace(clean=none_clean), emotions)
+    script = load_script(without(name, options.backend))
+    script.keras.utils.set_random_seed(seed)
+    script.keras.config.set_dtype_policy(options.precision)
+    with contextlib.redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        data = script.load_data(options.data_dir, seed=seed)
+        settings = script.Settings(epochs=options.epochs)
+        model = script.create_CNN(len(data.emotions), settings.dropout)
+        script.train_model(model, data.training, data.validation, options.epochs)
+        seconds = time.perf_counter() - start
+        clean = np.zeros(len(data.validation.labels), bool)  # of no matter here
+        scores, _ = script.evaluate_model(model, data.validation._replace(clean=clean),
+                                          data.emotions)
     return scores["accuracy"], scores["balanced_accuracy"], scores["loss"], seconds
 
 
@@ -101,20 +117,29 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, type=os.path.abspath,
                         help="folder that holds train/ and test/")
-    parser.add_argument("--epochs", type=int, default=20, help="per run (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=8, help="per run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0],
                         help="one run each (default: 0)")
     parser.add_argument("--only", nargs="+", choices=INGREDIENTS, default=list(INGREDIENTS),
                         metavar="INGREDIENT", help="some of the ingredients")
+    parser.add_argument("--precision", default="float32", help="default: %(default)s")
+    parser.add_argument("--backend", choices=BACKENDS, default="tensorflow",
+                        help="of Keras (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     options = parser.parse_args()
     print("| without | accuracy | balanced accuracy | loss | runs | minutes |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
-    for name in options.only:
-        runs = [measure(name, options.data_dir, options.epochs, seed) for seed in options.seeds]
-        accuracy, balanced_accuracy, loss, seconds = zip(*runs)
-        print(f"| {name} | {mean_and_spread(accuracy, '.1%')} | "
-              f"{mean_and_spread(balanced_accuracy, '.1%')} | {mean_and_spread(loss, '.3f')} | "
-              f"{len(runs)} | {statistics.mean(seconds) / 60:.1f} |", flush=True)
+    # A process of its own for each run: one script and its Keras stay out of the next one's way.
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"),
+                             max_tasks_per_child=1) as pool:
+        names, seeds = zip(*itertools.product(options.only, options.seeds))
+        runs = pool.map(measure, names, seeds, itertools.repeat(options))
+        for name in options.only:
+            of_name = list(itertools.islice(runs, len(options.seeds)))
+            accuracy, balanced_accuracy, loss, seconds = zip(*of_name)
+            print(f"| {name} | {mean_and_spread(accuracy, '.1%')} | "
+                  f"{mean_and_spread(balanced_accuracy, '.1%')} | {mean_and_spread(loss, '.3f')} | "
+                  f"{len(of_name)} | {statistics.mean(seconds) / 60:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

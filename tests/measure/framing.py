@@ -5,7 +5,6 @@
 The dataset's images are faces already.  With their edges drawn out by half a face and four times as
 large they stand for photos, in which MTCNN looks for faces as it does for --predict.  Those count
 in which it finds exactly one.  Printed are:
-
   - how much wider the dataset's frame is than MTCNN's box: the median over training images;
   - how many validation images (PublicTest) the included network classifies correctly when their
     faces are cut out as squares around the middle of MTCNN's box, or in the dataset's own frame.
@@ -79,8 +78,8 @@ def main():
     print(f"\nThe dataset's frame is {np.median(2 * MARGIN / boxes[:, 2]):.2f} times as wide as "
           f"MTCNN's box: the median of {len(photos)} training images\n", flush=True)
     photos, boxes, labels = find_faces(data.validation, options.images, detector)
-    print(f"{len(photos)} validation images:\n\n"
-          "| square, times as wide as MTCNN's box | accuracy |\n| --- | --- |")
+    print(f"{len(photos)} validation images:\n")
+    print("| square, times as wide as MTCNN's box | accuracy |\n| --- | --- |")
     for ratio in (1.0, 1.25, 1.5):
         print_row(ratio, photos, squares_around(boxes, ratio), labels, model)
     print_row("the dataset's own frame", photos, [FRAME] * len(photos), labels, model)
