@@ -2,12 +2,17 @@
 
     python emotion_recognition_cnn.py           FER-2013, from data/ or downloaded
     python emotion_recognition_cnn.py --demo    drawn faces, nothing to download
-    python emotion_recognition_cnn.py --predict PHOTO     with that network, or the included one
+    python emotion_recognition_cnn.py --predict PHOTO    the network in output/, or the included one
 
-Two convolution blocks, flatten, two dense layers.  The best epoch is chosen on the PublicTest
-images and evaluated once on PrivateTest: 70.2 % accuracy after an hour on two slow processor cores,
-71.1 % after 50 minutes on two faster ones (--epochs 88), 71.5 % after 46 on the fastest
-(--epochs 120).  Plots, figures and the network are left in output/.
+The network is two convolution blocks, flatten, two dense layers.  Its best epoch is chosen on the
+PublicTest images and evaluated once on the PrivateTest images.  On two processor cores (mean of
+three seeds, docs/runs):
+
+    44 epochs, the default    70.2 % of them are classified correctly, after 61 minutes
+    88 epochs                 71.1 %, after 50 minutes on a faster processor
+    120 epochs                71.5 %, after 46 minutes on a processor with bfloat16
+
+Plots, scores and the network are left in output/.
 
 FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arXiv:1307.0414.
 """
@@ -45,27 +50,30 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # without AVX-512, TensorFl
 
 @contextlib.contextmanager
 def hidden_log():
-    """Hide what is written to stderr, unless the block fails or the whole process ends in it.
+    """Hide what is written to stderr during the block.
 
-    A process of its own reads stderr, and prints it unless it hears that all went well.
+    If the block raises an exception, or the whole process crashes, it is printed after all.  A
+    helper process reads it, so that it survives a crash.
     """
     printer = ("import sys; log = sys.stdin.buffer.read()\n"
                "if not log.endswith(b'all went well'): sys.stderr.buffer.write(log)")
-    reader = subprocess.Popen([sys.executable, "-c", printer], stdin=subprocess.PIPE,
-                              start_new_session=True)  # where Ctrl-C does not reach it
+    helper = subprocess.Popen([sys.executable, "-c", printer], stdin=subprocess.PIPE,
+                              start_new_session=True)  # Ctrl-C does not end it
     stderr = os.dup(2)
-    os.dup2(reader.stdin.fileno(), 2)
+    os.dup2(helper.stdin.fileno(), 2)
     try:
         yield
         os.write(2, b"all went well")
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        reader.stdin.close()
-        reader.wait()
+        helper.stdin.close()
+        helper.wait()
 
 
-with hidden_log():  # TensorFlow before it reads TF_CPP_MIN_LOG_LEVEL, Matplotlib of its font cache
+# TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL, Matplotlib one when it builds its
+# cache of fonts.
+with hidden_log():
     import keras
     import tensorflow as tf
     from keras import layers
@@ -74,8 +82,8 @@ with hidden_log():  # TensorFlow before it reads TF_CPP_MIN_LOG_LEVEL, Matplotli
 
 SIZE = 48  # pixels: height and width of the images of FER-2013
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-# Changes to the images of training, new ones in every epoch.  What is to be done to all images,
-# those of validation and the photos of --predict too, belongs into the network, as a layer.
+# Applied to training images alone.  What all images need, those of --predict too (rescaling, say),
+# must be a layer of create_CNN.
 AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_range": 0.1,
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 
@@ -84,10 +92,11 @@ CHECKPOINT = "checkpoint.npz"
 RESULTS = ("accuracy.png", "confusion_matrix.png", NETWORK, "examples.png", "history.csv",
            "loss.png", "metrics.json")
 
-# Of Okabe and Ito: colour-blind readers tell them apart.
+# From the palette of Okabe and Ito: colour-blind readers can tell these apart.
 BLUE, VERMILION, SKY_BLUE = "#0072B2", "#D55E00", "#56B4E9"
 PLOT_STYLE = {"font.size": 15, "figure.dpi": 150, "savefig.dpi": 150, "lines.linewidth": 2.5}
-Image.MAX_IMAGE_PIXELS = 125_000_000  # Pillow reads twice as many: phones take 200 megapixels
+# Pillow warns above this, and refuses above twice this: phones take photos of 200 megapixels.
+Image.MAX_IMAGE_PIXELS = 125_000_000
 
 
 class InputError(Exception):
@@ -96,21 +105,21 @@ class InputError(Exception):
 
 def complain(problem):
     """Print a problem as one line on stderr."""
-    print(" ".join(problem.split()), file=sys.stderr)
+    print(problem.replace("\n", " "), file=sys.stderr)
 
 
 # --- Settings -------------------------------------------------------------------------------------
 def setting(default, meaning, **argument):
-    """Return a field of Settings; `argument` is what else argparse needs to read it."""
+    """Return a field of Settings; `argument` are further arguments of argparse's add_argument."""
     return dataclasses.field(default=default, metadata={"help": meaning, **argument})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run depends on.  Each field is an option of the command line, too.
+    """What a run depends on.  Each field is also an option of the command line.
 
-    `--resume` restores them, and metrics.json records them.  Raises InputError where a value makes
-    no sense.
+    `--resume` restores them, and metrics.json records them.  Settings.epochs, for example, is the
+    default number of epochs.  Raises InputError if a value makes no sense.
     """
 
     data_dir: str = setting("", "folder that holds train/ and test/ (default: data, or a download)",
@@ -119,11 +128,11 @@ class Settings:
     epochs: int = setting(44, "passes over the training images (default: {default}; demo: 4)",
                           metavar="N")
     batch_size: int = setting(128, "images per step (default: {default})", metavar="N")
-    learning_rate: float = setting(0.006, "of the first step, it falls from there "
+    learning_rate: float = setting(0.006, "learning rate of the first step; it falls from there "
                                    "(default: {default})", metavar="X")
-    precision: str = setting("float32", "number format (default: what is fastest here)",
+    precision: str = setting("", "number format (default: what is fastest here)",
                              choices=("float32", "mixed_bfloat16", "mixed_float16"))
-    seed: int = setting(0, "of all random numbers (default: {default})", metavar="N")
+    seed: int = setting(0, "seed of all random numbers (default: {default})", metavar="N")
 
     def __post_init__(self):
         if self.demo and self.data_dir:
@@ -144,12 +153,12 @@ class Settings:
 
 
 # --- Data -----------------------------------------------------------------------------------------
-class Images(NamedTuple):
+class LabelledImages(NamedTuple):
     """Images and what they show."""
 
     images: np.ndarray  # uint8, n x 48 x 48 x 1
     labels: np.ndarray  # int, n: indices into the emotions
-    clean: np.ndarray = None  # bool, n: whether a test image does not stand in train/, too
+    clean: np.ndarray  # bool, n: False where the same file is also in train/
 
 
 def find_dataset():
@@ -179,11 +188,11 @@ def find_emotions(data_dir):
                              "each with a folder per emotion, with --data-dir")
         found[part] = {entry.name for entry in folder.iterdir()
                        if entry.is_dir() and not entry.name.startswith(".")}
-    for part, other in ("train", "test"), ("test", "train"):
-        missing = sorted(found[other] - found[part])
-        if missing:
-            raise InputError(f"{data_dir / part / missing[0]} is missing: train/ and test/ must "
-                             f"hold the same emotion folders, and {data_dir / other} has that one")
+    different = sorted(found["train"] ^ found["test"])
+    if different:
+        part = "test" if different[0] in found["train"] else "train"
+        raise InputError(f"{data_dir / part / different[0]} is missing: train/ and test/ must hold "
+                         "the same folders, one per emotion")
     if len(found["train"]) < 2:
         raise InputError(f"{data_dir / 'train'} must hold a folder for each of at least two "
                          "emotions; name another folder with --data-dir")
@@ -201,8 +210,8 @@ def open_image(path):
     try:
         with warnings.catch_warnings(action="ignore"):
             image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-            image = image.point(lambda value: value / 256).convert("L")
+        if image.mode.startswith("I"):  # grey with 16 bits, which Pillow would cut off at 255
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             white_paper = Image.new("RGBA", image.size, "white")
@@ -233,7 +242,8 @@ def read_images(folder, emotions):
             raise InputError(f"{folder / emotion} holds no images ({' '.join(IMAGE_ENDINGS)})")
         paths += found
         labels += [label] * len(found)
-    progress = keras.utils.Progbar(len(paths), unit_name="image", verbose=int(sys.stdout.isatty()))
+    show_bar = sys.stdout.isatty()
+    progress = keras.utils.Progbar(len(paths), unit_name="image", verbose=int(show_bar))
     images = []
     for path in paths:
         images.append(face_pixels(open_image(path)))
@@ -242,44 +252,50 @@ def read_images(folder, emotions):
 
 
 def hold_out_tenth(labels, seed):
-    """Choose a tenth of the images of each emotion by chance; leave one at least.
+    """Choose a tenth of the images of each emotion at random.
 
-    Takes labels (int, n) and returns a mask (bool, n) of those held out.
+    Takes labels (int, n) and returns a mask (bool, n) of the images held out.
     """
     held_out = np.zeros(len(labels), bool)
     rng = np.random.default_rng(seed)
     for label in np.unique(labels):
         indices = rng.permutation(np.flatnonzero(labels == label))
         tenth = math.ceil(len(indices) / 10)
-        all_but_one = indices[1:]
-        held_out[all_but_one[:tenth]] = True
+        held_out[indices[1:1 + tenth]] = True  # never the first: an emotion may have only one
     return held_out
 
 
-class AugmentedBatches(keras.utils.PyDataset):
-    """Batches of images in a new order in every epoch, augmented by ImageDataGenerator.
+def file_digest(path):
+    """Return the SHA-256 of a file: equal digests mean equal files."""
+    return hashlib.sha256(path.read_bytes()).digest()
 
-    A batch is images (float32, n x 48 x 48 x 1, pixels 0-255) and labels (int, n).  All that is
-    random is drawn when an epoch starts: whichever worker makes a batch, it is the same.  The
-    workers of Keras's own iterators draw from NumPy's global random numbers at once.
+
+class AugmentedBatches(keras.utils.PyDataset):
+    """Batches of training images in a new order in every epoch, augmented by ImageDataGenerator.
+
+    A batch is images (float32, n x 48 x 48 x 1, pixels 0-255) and labels (int, n).  Keras's own
+    iterators draw random numbers in their worker threads, so that their batches differ from run to
+    run.  Here all of them are drawn when an epoch starts.
     """
 
     def __init__(self, images, labels, batch_size, seed):
-        # One worker would leave the queue to tf.data, which held up some epochs by up to a minute.
+        # With one worker, Keras feeds batches through tf.data: some epochs stalled for a minute.
         super().__init__(workers=2)
         self.images = images
         self.labels = labels
         self.batch_size = batch_size
         self.seed = seed
         self.generator = ImageDataGenerator(**AUGMENTATION)
-        self.start_epoch(0)
+        self.start_epoch(0)  # Keras looks at a batch before the first epoch
 
     def start_epoch(self, epoch):
         """Draw the order of the images and the transform of each for an epoch, counted from 0."""
-        np.random.seed([self.seed, epoch])  # get_random_transform draws from NumPy's global numbers
+        state = np.random.get_state()  # get_random_transform draws NumPy's global random numbers
+        np.random.seed([self.seed, epoch])
         self.order = np.random.permutation(len(self.images))
         self.transforms = [self.generator.get_random_transform((SIZE, SIZE, 1))
                            for _ in range(len(self.images))]
+        np.random.set_state(state)
 
     def __len__(self):
         return math.ceil(len(self.images) / self.batch_size)
@@ -288,18 +304,19 @@ class AugmentedBatches(keras.utils.PyDataset):
         chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size]
         batch = []
         for i in chosen:
+            # On whole grey values, as they are stored: floats would take longer.
             image = self.generator.apply_transform(self.images[i], self.transforms[i])
             batch.append(self.generator.standardize(image.astype("float32")))
         return np.stack(batch), self.labels[chosen]
 
 
 class Data(NamedTuple):
-    """A dataset, ready for training and evaluation."""
+    """A dataset: batches to train on, and arrays of images to validate and test with."""
 
-    emotions: list  # their names, sorted
+    emotions: list  # names, sorted; labels are indices into them
     training: AugmentedBatches
-    validation: Images
-    test: Images
+    validation: LabelledImages
+    test: LabelledImages
 
 
 def load_data(data_dir, batch_size=Settings.batch_size, seed=Settings.seed):
@@ -315,22 +332,23 @@ def load_data(data_dir, batch_size=Settings.batch_size, seed=Settings.seed):
     emotions = find_emotions(data_dir)
     train_paths, train_images, train_labels = read_images(data_dir / "train", emotions)
     test_paths, test_images, test_labels = read_images(data_dir / "test", emotions)
-    train_files = {path.read_bytes() for path in train_paths}
-    clean = np.array([path.read_bytes() not in train_files for path in test_paths])
+    train_files = {file_digest(path) for path in train_paths}
+    clean = np.array([file_digest(path) not in train_files for path in test_paths])
     public = np.array([path.name.startswith("PublicTest_") for path in test_paths])
     private = np.array([path.name.startswith("PrivateTest_") for path in test_paths])
     if public.any() and private.any() and (public | private).all():
-        validation = Images(test_images[public], test_labels[public])
-        test = Images(test_images[private], test_labels[private], clean[private])
+        validation = LabelledImages(test_images[public], test_labels[public], clean[public])
+        test = LabelledImages(test_images[private], test_labels[private], clean[private])
     else:
         print("test/ does not tell PublicTest from PrivateTest images by name: a tenth of train/ "
               "is held out for validation, all of test/ is the test set")
         held_out = hold_out_tenth(train_labels, seed)
         if not held_out.any():
             raise InputError(f"{data_dir / 'train'} holds too few images to hold some out")
-        validation = Images(train_images[held_out], train_labels[held_out])
+        validation = LabelledImages(train_images[held_out], train_labels[held_out],
+                                    clean=np.ones(held_out.sum(), bool))
         train_images, train_labels = train_images[~held_out], train_labels[~held_out]
-        test = Images(test_images, test_labels, clean)
+        test = LabelledImages(test_images, test_labels, clean)
     print(f"{len(train_images):,} training, {len(validation.images):,} validation and "
           f"{len(test.images):,} test images; {np.sum(~test.clean):,} of the test images also "
           "stand in train/")
@@ -348,13 +366,13 @@ def create_CNN(classes, dropout=1.0):
         keras.Input((SIZE, SIZE, 1)),
         # Each image to mean 0 and variance 1: light and contrast of the photo drop out.
         layers.LayerNormalization(axis=[1, 2, 3], center=False, scale=False),
-        # Pooling first leaves normalisation and ReLU a ninth of their work.
+        # Pooling comes before normalisation and ReLU, which leaves them a ninth of the work.
         layers.Conv2D(32, 5, padding="same", use_bias=False),
-        layers.MaxPooling2D(4, 3, padding="same"),
+        layers.MaxPooling2D(4, strides=3, padding="same"),  # 48 x 48 to 16 x 16
         layers.LayerNormalization(),  # across the filters at each place: local contrast drops out
         layers.ReLU(),
         layers.Conv2D(384, 3, use_bias=False),
-        layers.MaxPooling2D(7, 3, padding="same"),
+        layers.MaxPooling2D(7, strides=3, padding="same"),  # 14 x 14 to 5 x 5
         layers.BatchNormalization(momentum=0.9),
         layers.ReLU(),
         layers.SpatialDropout2D(0.18 * dropout),  # whole filters: neighbours in a pool are alike
@@ -369,65 +387,54 @@ def create_CNN(classes, dropout=1.0):
 
 # --- Training -------------------------------------------------------------------------------------
 def class_weights(labels):
-    """Return by how much an image of each emotion weighs in the loss: {label: weight}.
+    """Return the weight of an image of each emotion in the loss: {label: weight}.
 
-    The rarer the emotion, the more: the cube root of what scikit-learn calls "balanced" (the mean
-    count of the emotions by its own), scaled so that the images weigh 1 on average.
+    Rare emotions weigh more: the weight is the cube root of the mean number of images of an emotion
+    by its own (scikit-learn's "balanced" takes the ratio itself), scaled to a mean of 1 per image.
     """
-    count = np.bincount(labels)
-    weight = np.cbrt(count.mean() / count)
-    weight /= np.average(weight, weights=count)
-    return dict(enumerate(weight))
+    counts = np.bincount(labels)
+    weights = np.cbrt(counts.mean() / counts)
+    weights /= np.average(weights, weights=counts)
+    return dict(enumerate(weights))
 
 
 @contextlib.contextmanager
 def delayed_interrupt():
-    """Give an Event that Ctrl-C sets; a second Ctrl-C raises KeyboardInterrupt at once.
+    """Yield an Event that Ctrl-C sets; a second Ctrl-C raises KeyboardInterrupt at once.
 
-    Raised within TensorFlow, KeyboardInterrupt may come out as another error.
+    A KeyboardInterrupt that is raised within TensorFlow may come out as another error.
     """
     pressed = threading.Event()
 
-    def press(number, frame):
+    def on_ctrl_c(number, frame):
         if pressed.is_set():
             raise KeyboardInterrupt
         pressed.set()
 
-    if threading.current_thread() is not threading.main_thread():  # Python sends signals there
-        yield pressed
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed  # Python lets only the main thread handle signals
         return
-    handler = signal.signal(signal.SIGINT, press)
+    previous_handler = signal.signal(signal.SIGINT, on_ctrl_c)
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def interrupt_if(pressed):
-    """Raise KeyboardInterrupt if the Event `pressed` is set."""
-    if pressed.is_set():
-        raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, previous_handler)
 
 
 def checksum(*arrays):
-    """Return the SHA-256 of arrays, in hexadecimal digits: are they the same as before?"""
+    """Return the SHA-256 of arrays, in hexadecimal digits: equal checksums mean equal arrays."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 
-def changed_since(path, what):
-    """Return the InputError for a run that cannot go on, because something is not as it was."""
-    return InputError(f"{path} does not fit: the {what} changed since. Bring that back as it was, "
-                      f"or delete {path} and start anew")
-
-
 def save_checkpoint(path, run, history, variables, best_weights):
     """Write a checkpoint: whole, or not at all.
 
-    Takes two dicts for JSON and two lists of arrays.  The checkpoint before it stays until the new
-    one is on the disk: the process may be killed and the plug pulled at any time.
+    `run` (what the run depends on) and `history` are dicts for JSON, the others lists of arrays.
+    The checkpoint before it stays until the new one is on the disk: the process may be killed and
+    the plug pulled at any time.
     """
     state = json.dumps({"run": run, "history": history})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -459,19 +466,22 @@ def load_checkpoint(path):
 class EpochKeeper(keras.callbacks.Callback):
     """Record every epoch, and keep all that training needs to go on after it.
 
-    `run` says what the run depends on (a dict for JSON), `checkpoint` is the file to keep
-    everything in (a path, or None for no file).  `history` is a dict of lists with a value per
-    epoch, `best_weights` the weights of the epoch with the highest validation accuracy.
+    `run` says what the run depends on (a dict for JSON).  `checkpoint` is the file in which all is
+    kept (a path, or None).  `pressed` is the Event of `delayed_interrupt`.  `history` becomes a
+    dict of lists with a value per epoch, `best_weights` the weights of the epoch with the highest
+    validation accuracy.
     """
 
-    def __init__(self, run, checkpoint):
+    def __init__(self, run, training, checkpoint, pressed):
         super().__init__()
         self.run = run
+        self.training = training
         self.checkpoint = checkpoint
+        self.pressed = pressed
         self.history = {}
         self.best_weights = None
-        self.learning_rate = None  # at the start of the epoch
-        self.start = None  # of the epoch, in seconds
+        self.epoch_started = None
+        self.epoch_learning_rate = None
 
     def finished_epochs(self):
         """Return the number of epochs in the history."""
@@ -479,48 +489,70 @@ class EpochKeeper(keras.callbacks.Callback):
 
     def restore(self, model):
         """Put model, optimizer and history where the checkpoint left them."""
-        run, history, variables, best_weights = load_checkpoint(self.checkpoint)
-        for name, value in self.run.items():
-            if run[name] != value:
-                raise changed_since(self.checkpoint, name)
+        run, history, stored_variables, best_weights = load_checkpoint(self.checkpoint)
         model.optimizer.build(model.trainable_variables)
-        own_variables = model.variables + model.optimizer.variables
-        if [array.shape for array in variables] != [own.shape for own in own_variables]:
-            raise changed_since(self.checkpoint, "layers")
-        for own, array in zip(own_variables, variables, strict=True):
-            own.assign(array)
+        variables = model.variables + model.optimizer.variables
+        changed = [name for name in self.run if run.get(name) != self.run[name]]
+        if [stored.shape for stored in stored_variables] != [own.shape for own in variables]:
+            changed.append("layers")
+        if changed:
+            raise InputError(f"{self.checkpoint} does not fit: the {' and '.join(changed)} changed "
+                             f"since. Bring that back as it was, or delete {self.checkpoint} and "
+                             "start anew")
+        for variable, stored in zip(variables, stored_variables):
+            variable.assign(stored)
         self.history = history
         self.best_weights = best_weights
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.learning_rate = float(self.model.optimizer.learning_rate)
-        self.start = time.perf_counter()
+        self.training.start_epoch(epoch)
+        self.epoch_learning_rate = float(self.model.optimizer.learning_rate)
+        self.epoch_started = time.perf_counter()
         if self.history:
             seconds = np.mean(self.history["seconds"]) * (self.run["epochs"] - epoch)
-            print(f"{math.ceil(seconds / 60)} min left", flush=True)
+            print(f"about {math.ceil(seconds / 60)} min left", flush=True)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.interrupt_if_pressed()
 
     def on_epoch_end(self, epoch, logs=None):
-        if not math.isfinite(logs["loss"]):  # TerminateOnNaN has ended the epoch
-            raise InputError("the loss is NaN or infinite: start anew with a --learning-rate below "
-                             f"{self.run['learning rate']}")
-        if logs["val_accuracy"] > max(self.history.get("val_accuracy", [-1])):
+        self.require_finite(logs["loss"])
+        best_so_far = max(self.history.get("val_accuracy", []), default=-1)
+        if logs["val_accuracy"] > best_so_far:
             self.best_weights = self.model.get_weights()
-        row = {"epoch": epoch + 1, **logs, "learning_rate": self.learning_rate,
-               "seconds": round(time.perf_counter() - self.start, 2)}
+        row = {"epoch": epoch + 1, **logs, "learning_rate": self.epoch_learning_rate,
+               "seconds": round(time.perf_counter() - self.epoch_started, 2)}
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
         if self.checkpoint is not None:
             self.save()
+        self.interrupt_if_pressed()  # while the epoch was validated
+
+    def require_finite(self, loss):
+        """Raise InputError if the loss is not finite, where TerminateOnNaN has ended the epoch."""
+        if math.isfinite(loss):
+            return
+        advice = "start anew"
+        if self.checkpoint is not None and self.checkpoint.exists():
+            advice = f"delete {self.checkpoint} and start anew"
+        raise InputError(f"the loss is NaN or infinite: {advice} with a --learning-rate below "
+                         f"{self.run['learning rate']}")
 
     def save(self):
         """Write the checkpoint, and beside it the plots of the epochs that it holds."""
-        plot_history(self.history, self.checkpoint.parent)
         variables = self.model.variables + self.model.optimizer.variables
         save_checkpoint(self.checkpoint, self.run, self.history, variables, self.best_weights)
+        with contextlib.suppress(OSError):  # a plot is no reason to end the run
+            plot_history(self.history, self.checkpoint.parent)
+
+    def interrupt_if_pressed(self):
+        """Raise KeyboardInterrupt if Ctrl-C was pressed."""
+        if self.pressed.is_set():
+            raise KeyboardInterrupt
 
 
 def make_portable(model):
-    """Make a trained network predict the same on any machine, and its file small."""
+    """Let a trained network compute in float32, as any machine can, and its file be small."""
     for layer in model.layers:
         layer.dtype_policy = "float32"
     # SGD has no state: with that of AdamW, the file would be three times as large.
@@ -528,86 +560,82 @@ def make_portable(model):
 
 
 def train_model(model, training, validation, epochs=Settings.epochs,
-                learning_rate=Settings.learning_rate, checkpoint=None, keep_checkpoint=False):
+                learning_rate=Settings.learning_rate, checkpoint=None, keep_checkpoint=False,
+                notes=None):
     """Train `model` with AdamW; the learning rate falls along a cosine over all epochs.
 
     Takes the training and validation data of `load_data`.  With `checkpoint`, a path, that file
     holds after each epoch all that it takes to go on, and the plots beside it show the epochs so
-    far; where the file exists, training goes on from there, exactly.  It is deleted when training
-    is done, unless `keep_checkpoint` says that the caller does so.
+    far; if the file exists, training goes on from there, exactly.  It is deleted when training is
+    done, unless `keep_checkpoint` is True.  `notes` (a dict for JSON) are kept in it.
 
-    Leaves `model` with the weights of the epoch with the highest validation accuracy, in float32.
-    Returns the history, a dict of lists with a value per epoch.  Raises InputError where the loss
-    is not finite or the checkpoint is damaged or of another run, KeyboardInterrupt on Ctrl-C.
+    Leaves `model` with the weights of the epoch with the highest validation accuracy, in float32,
+    compiled for evaluation.  Returns the history, a dict of lists with a value per epoch.  Raises
+    InputError if the loss is not finite, or the checkpoint is damaged or of another run, and
+    KeyboardInterrupt on Ctrl-C.
     AdamW: Loshchilov and Hutter (2019), arXiv:1711.05101; cosine decay: arXiv:1608.03983.
     """
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * len(training))
     model.compile(keras.optimizers.AdamW(schedule), "sparse_categorical_crossentropy",
                   metrics=["accuracy"])
-    run = {"epochs": epochs, "learning rate": learning_rate, "batch size": training.batch_size,
-           "seed": training.seed,
-           "images": checksum(training.images, training.labels, validation.images,
-                              validation.labels)}
-    keeper = EpochKeeper(run, None if checkpoint is None else Path(checkpoint))
-    if keeper.checkpoint is not None and keeper.checkpoint.exists():
-        keeper.restore(model)
+    images = checksum(training.images, training.labels, validation.images, validation.labels)
+    run = {"epochs": int(epochs), "learning rate": float(learning_rate), "images": images,
+           "batch size": training.batch_size, "seed": training.seed, "augmentation": AUGMENTATION,
+           **(notes or {})}
     with delayed_interrupt() as pressed:
+        keeper = EpochKeeper(run, training, checkpoint, pressed)
+        if checkpoint is not None and checkpoint.exists():
+            keeper.restore(model)
         model.fit(
             training, validation_data=(validation.images, validation.labels),
             class_weight=class_weights(training.labels),
             initial_epoch=keeper.finished_epochs(), epochs=epochs,
-            shuffle=False,  # of batches: their images are shuffled already
+            shuffle=False,  # AugmentedBatches shuffles the images itself
             verbose=1 if sys.stdout.isatty() else 2,
-            callbacks=[
-                keras.callbacks.LambdaCallback(
-                    on_epoch_begin=lambda epoch, logs: training.start_epoch(epoch)),
-                keras.callbacks.TerminateOnNaN(),
-                keeper,
-                keras.callbacks.LambdaCallback(
-                    on_train_batch_end=lambda batch, logs: interrupt_if(pressed),
-                    on_epoch_end=lambda epoch, logs: interrupt_if(pressed))])
+            callbacks=[keras.callbacks.TerminateOnNaN(), keeper])
     model.set_weights(keeper.best_weights)
     make_portable(model)
     if checkpoint is not None and not keep_checkpoint:
-        Path(checkpoint).unlink()
+        checkpoint.unlink()
     return keeper.history
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
 def views_of(images):
-    """Return 18 views of each image (n x 48 x 48 x 1): 18n x 48 x 48 x 1, float32.
+    """Return 18 views of images (n x 48 x 48 x 1): a list of arrays of that shape, float32.
 
     Three sizes at three heights, two pixels apart, and all of them mirrored.
     """
     wide = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), "edge").astype("float32")  # 56 x 56
     views = []
-    for size in (44, 48, 52):  # what is cut out: the face looks larger, as it is, smaller
+    for size in (44, 48, 52):  # of the part that is seen: the face looks larger, as it is, smaller
         margin = (56 - size) // 2
-        for shift in (-2, 0, 2):  # the face stands lower, as it is, higher
+        for shift in (-2, 0, 2):  # the face looks lower, as it is, higher
             top = margin + shift
             view = wide[:, top:top + size, margin:margin + size]
-            views.append(keras.ops.image.resize(view, (SIZE, SIZE)))
+            views.append(np.asarray(keras.ops.image.resize(view, (SIZE, SIZE))))
     mirrored = [view[:, :, ::-1] for view in views]
-    return np.concatenate(views + mirrored)
+    return views + mirrored
 
 
 def classify_faces(model, images):
-    """Return the probabilities (n x classes) of images (n x 48 x 48 x 1): the mean of 18 views."""
+    """Return the probabilities (n x classes) of images (n x 48 x 48 x 1): the mean over views."""
     probabilities = []
     for first in range(0, len(images), 32):
-        batch = images[first:first + 32]
-        # Calls of the model save what predict takes each time: 0.2 s, and tracing before that.
-        of_views = np.reshape(model(views_of(batch)), (18, len(batch), -1))
-        probabilities.append(of_views.mean(axis=0))
+        views = views_of(images[first:first + 32])
+        # A call of the model, as each call of predict would take 0.2 s longer.
+        of_views = np.split(np.asarray(model(np.concatenate(views))), len(views))
+        probabilities.append(np.mean(of_views, axis=0))
     return np.concatenate(probabilities)
 
 
 def calibration_error(confidence, correct):
-    """Return the expected calibration error: how far confidence and accuracy lie apart on average.
+    """Return the expected calibration error, in 15 bins of equal width.
 
-    Takes the confidence (0 to 1) of n predictions and whether they are correct (bool), in 15 bins
-    of equal width.  Guo et al. (2017), "On calibration of modern neural networks",
-    arXiv:1706.04599.
+    It tells how far confidence and accuracy lie apart on average.  Takes the confidence (0 to 1) of
+    n predictions and whether they are correct (bool).
+    Guo et al. (2017), "On calibration of modern neural networks", arXiv:1706.04599.
     """
     bins = np.ceil(15 * confidence).astype(int)
     gap_of_bin = np.bincount(bins, weights=correct - confidence)
@@ -628,30 +656,36 @@ def scores_by_emotion(confusion, emotions):
 
 
 def evaluate_model(model, test, emotions):
-    """Evaluate `model` once on the test images and print the scores.
+    """Evaluate `model` on the test images and print the scores.
 
-    Takes the test data and the emotions of `load_data`.  Returns the scores, a dict, and the
-    probabilities (n x classes), which are averaged over 18 views of each image.  All scores but
-    single_image_accuracy are of these: loss (cross-entropy, nats), accuracy, balanced_accuracy
-    (mean recall), clean_accuracy (of images that do not stand in train/ too), calibration_error,
-    precision, recall and F1 of the emotions, confusion_matrix (rows: labels), and how many
-    milliseconds_per_face they took.
+    Takes the test data and the emotions of `load_data`.  Returns the probabilities (n x classes),
+    averaged over 18 views of each image, and before them the scores, a dict:
+
+    - single_image_accuracy: with one view, the image as it is; all others are with 18
+    - loss: cross-entropy, in nats
+    - accuracy, balanced_accuracy: the share of images, and the mean of the emotions' recall
+    - clean_accuracy, clean_images: of images that are not also in train/; None if there are none
+    - calibration_error: see `calibration_error`
+    - emotions: precision, recall, F1 and number of images (count) of each
+    - confusion_matrix: rows are labels, columns predictions
+    - milliseconds_per_face: the time that the probabilities took
     """
-    single = model.predict(test.images, batch_size=256, verbose=0)
-    start = time.perf_counter()
+    single_view = model.predict(test.images, batch_size=256, verbose=0)
+    started = time.perf_counter()
     probabilities = classify_faces(model, test.images)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - started
     predictions = probabilities.argmax(axis=1)
     correct = predictions == test.labels
     confusion = np.zeros((len(emotions), len(emotions)), int)
     np.add.at(confusion, (test.labels, predictions), 1)
-    loss = keras.losses.sparse_categorical_crossentropy(test.labels, probabilities)
     by_emotion = scores_by_emotion(confusion, emotions)
+    recalls = [score["recall"] for score in by_emotion.values() if score["count"]]
+    losses = keras.losses.sparse_categorical_crossentropy(test.labels, probabilities)
     scores = {
-        "single_image_accuracy": (single.argmax(axis=1) == test.labels).mean(),
-        "loss": float(np.mean(loss)),
+        "single_image_accuracy": (single_view.argmax(axis=1) == test.labels).mean(),
+        "loss": float(np.mean(losses)),
         "accuracy": correct.mean(),
-        "balanced_accuracy": np.mean([of["recall"] for of in by_emotion.values() if of["count"]]),
+        "balanced_accuracy": np.mean(recalls),
         "clean_accuracy": correct[test.clean].mean() if test.clean.any() else None,
         "clean_images": int(test.clean.sum()),
         "calibration_error": calibration_error(probabilities.max(axis=1), correct),
@@ -659,15 +693,15 @@ def evaluate_model(model, test, emotions):
         "confusion_matrix": confusion.tolist(),
         "milliseconds_per_face": 1000 * seconds / len(test.images),
     }
-    print_scores(scores, len(test.images))
+    print_scores(scores)
     return scores, probabilities
 
 
-def print_scores(scores, images):
-    """Print the scores of `evaluate_model` on so many images."""
-    print(f"\nTest, {images:,} images, "
-          f"{scores['clean_images']:,} of them clean: not in train/, too")
-    print("All but the first figure: averaged over 18 views, "
+def print_scores(scores):
+    """Print the scores of `evaluate_model`."""
+    images = sum(score["count"] for score in scores["emotions"].values())
+    print(f"\nTest, {images:,} images, {scores['clean_images']:,} of them clean: not in train/")
+    print("All but the single image accuracy: averaged over 18 views, "
           f"{scores['milliseconds_per_face']:.1f} ms an image")
     for name in ("single_image_accuracy", "accuracy", "balanced_accuracy", "clean_accuracy",
                  "calibration_error"):
@@ -676,9 +710,9 @@ def print_scores(scores, images):
     print(f"  {'loss':23}{scores['loss']:.4f}")
     width = max(9, *map(len, scores["emotions"]))
     print(f"\n  {'emotion':{width}}  precision   recall       F1   images")
-    for emotion, of in scores["emotions"].items():
-        print(f"  {emotion:{width}}{of['precision']:11.1%}{of['recall']:9.1%}{of['f1']:9.1%}"
-              f"{of['count']:9,}")
+    for emotion, score in scores["emotions"].items():
+        print(f"  {emotion:{width}}{score['precision']:11.1%}{score['recall']:9.1%}"
+              f"{score['f1']:9.1%}{score['count']:9,}")
 
 
 # --- Plots ----------------------------------------------------------------------------------------
@@ -689,7 +723,7 @@ def plot_history(history, output_dir):
     output_dir.mkdir(parents=True, exist_ok=True)  # where it was moved or deleted meanwhile
     epochs = history["epoch"]
     best = int(np.argmax(history["val_accuracy"]))
-    for name, axis_label in ("accuracy", "accuracy"), ("loss", "loss (cross-entropy)"):
+    for name in "accuracy", "loss":
         training, validation = history[name], history["val_" + name]
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         axes = figure.subplots()
@@ -697,7 +731,8 @@ def plot_history(history, output_dir):
         axes.plot(epochs, validation, "s--", color=VERMILION, label="validation")
         axes.plot(epochs[best], validation[best], "k*", markersize=18,
                   label=f"best epoch: {epochs[best]} ({validation[best]:.3f})")
-        axes.set(title=f"Training and validation {name}", xlabel="epoch", ylabel=axis_label)
+        axes.set(title=f"Training and validation {name}", xlabel="epoch")
+        axes.set_ylabel("loss (cross-entropy)" if name == "loss" else name)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -732,13 +767,6 @@ def plot_performance(history, scores, output_dir):
     figure.savefig(Path(output_dir, "confusion_matrix.png"))
 
 
-def draw_examples(axes_of_row, images, titles):
-    """Draw images with their titles, as many as there are axes for."""
-    for axes, image, title in zip(axes_of_row, images, titles):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(title, size=10)
-
-
 @matplotlib.rc_context(PLOT_STYLE)
 def plot_examples(test, probabilities, emotions, output_dir):
     """Write examples.png: of each emotion (rows: labels) the test images classified most surely."""
@@ -754,8 +782,9 @@ def plot_examples(test, probabilities, emotions, output_dir):
         for label, axes_of_row in enumerate(grid):
             shown = [i for i in surest_first
                      if test.labels[i] == label and (predicted[i] == label) == correct]
-            titles = [f"{emotions[predicted[i]]} {confidence[i]:.0%}" for i in shown]
-            draw_examples(axes_of_row, test.images[shown], titles)
+            for axes, i in zip(axes_of_row, shown):  # as many as there are axes for
+                axes.imshow(test.images[i], cmap="gray", vmin=0, vmax=255)
+                axes.set_title(f"{emotions[predicted[i]]} {confidence[i]:.0%}", size=10)
             if correct:
                 axes_of_row[0].set_ylabel(emotions[label])
     figure.savefig(Path(output_dir, "examples.png"))
@@ -763,10 +792,12 @@ def plot_examples(test, probabilities, emotions, output_dir):
 
 # --- Prediction -----------------------------------------------------------------------------------
 class Face(NamedTuple):
-    """A face in a photo."""
+    """A face in a photo, and what it was taken for."""
 
-    box: tuple  # left, top, right, bottom; pixels, may reach beyond the photo
-    probabilities: np.ndarray  # of the emotions
+    box: tuple  # left, top, right, bottom; in pixels, may reach beyond the photo
+    emotion: str
+    confidence: float  # the probability of that emotion
+    probabilities: dict  # by emotion
 
 
 def save_network(model, emotions, path):
@@ -784,9 +815,10 @@ def load_network(path):
         raise InputError(f"{path} is missing, damaged or of another version of Keras than "
                          f"{keras.__version__}: train a network, or name another folder with "
                          "--output-dir") from error
+    emotions = []
     with zipfile.ZipFile(path) as file:
-        names = file.read("emotions.json") if "emotions.json" in file.namelist() else b"[]"
-    emotions = json.loads(names)
+        if "emotions.json" in file.namelist():
+            emotions = json.loads(file.read("emotions.json"))
     if model.input_shape != (None, SIZE, SIZE, 1) or model.output_shape != (None, len(emotions)):
         raise InputError(f"{path} is no network of this script, or of an earlier version: train "
                          "one, or name another folder with --output-dir")
@@ -798,13 +830,12 @@ def find_network(output_dir):
     network = Path(output_dir, NETWORK)
     if network.exists():
         return network
-    runs = Path(__file__).resolve().parent / "docs" / "runs"
-    included = sorted(runs.glob(f"*/{NETWORK}"))
-    if not included:
-        raise InputError(f"{network} is missing, and {runs} includes none: train one, or name "
-                         "another folder with --output-dir")
-    complain(f"no network in {output_dir} yet: predicting with {included[0]}")
-    return included[0]
+    included = Path(__file__).resolve().parent / "docs" / "runs" / "88-0" / NETWORK
+    if not included.exists():
+        raise InputError(f"{network} is missing, and so is the included {included}: train one, or "
+                         "name another folder with --output-dir")
+    complain(f"no network in {output_dir} yet: predicting with {included}")
+    return included
 
 
 def find_photos(paths):
@@ -823,7 +854,8 @@ def find_faces(photo, detector):
     the photo; the whole photo where it is a crop of one face already or there is no detector.
     Detector: MTCNN, Zhang et al. (2016), arXiv:1604.02878.
     """
-    whole_photo, longest_side = (0, 0, *photo.size), max(photo.size)
+    whole_photo = (0, 0, *photo.size)
+    longest_side = max(photo.size)
     if detector is None or longest_side <= 64:  # too little to detect in
         return [whole_photo]
     scale = max(1, longest_side / 1280)
@@ -835,12 +867,14 @@ def find_faces(photo, detector):
     boxes = []
     for face in found:
         left, top, width, height = (scale * float(pixels) for pixels in face["box"])
-        # Median of 568 images of train/: the square around MTCNN's box, 1.25 times as wide as it.
-        x, y, reach = left + width / 2, top + height / 2, 1.25 * width / 2
+        x, y = left + width / 2, top + height / 2
+        # FER-2013 shows about this square around MTCNN's box: see tests/measure/framing.py.
+        reach = 1.25 * width / 2
         boxes.append((round(x - reach), round(y - reach), round(x + reach), round(y + reach)))
+    # A small photo that one face fills is a crop of a face already.
     if len(boxes) == 1 and longest_side <= 400:
         left, _, right, _ = boxes[0]
-        if right - left > longest_side * 2 / 3:  # it fills the photo, which is a crop of it
+        if right - left > longest_side * 2 / 3:
             return [whole_photo]
     return sorted(boxes)
 
@@ -853,40 +887,39 @@ def cut_out(photo, box):
     return Image.fromarray(np.asarray(photo)[np.ix_(rows, columns)])
 
 
-def classify_photo(photo, detector, model):
+def classify_photo(photo, detector, model, emotions):
     """Return the faces in a photo (PIL image), from left to right."""
     boxes = find_faces(photo, detector)
     if not boxes:
         return []
-    faces = np.stack([face_pixels(cut_out(photo, box)) for box in boxes])
-    probabilities = classify_faces(model, faces[..., np.newaxis])
-    return [Face(*face) for face in zip(boxes, probabilities)]
+    crops = np.stack([face_pixels(cut_out(photo, box)) for box in boxes])
+    faces = []
+    for box, shares in zip(boxes, classify_faces(model, crops[..., np.newaxis])):
+        probabilities = dict(zip(emotions, shares.tolist()))
+        surest = max(probabilities, key=probabilities.get)
+        faces.append(Face(box, surest, probabilities[surest], probabilities))
+    return faces
 
 
-def print_json(path, faces, emotions):
+def print_json(path, faces):
     """Print a JSON object for each face of a photo."""
     for number, face in enumerate(faces, 1):
-        print(json.dumps({
-            "file": str(path), "face": number, "box": face.box,
-            "emotion": emotions[face.probabilities.argmax()],
-            "confidence": float(face.probabilities.max()),
-            "probabilities": dict(zip(emotions, face.probabilities.tolist()))}), flush=True)
+        print(json.dumps({"file": str(path), "face": number, **face._asdict()}), flush=True)
 
 
-def print_faces(heading, faces, emotions):
+def print_faces(heading, faces):
     """Print a line for each face of a photo."""
     for number, face in enumerate(faces, 1):
-        emotion, confidence = emotions[face.probabilities.argmax()], face.probabilities.max()
-        shares = [f"{name} {share:.1%}" for name, share in zip(emotions, face.probabilities)]
-        print(f"{heading}, face {number}: {emotion} {confidence:.1%}  ({', '.join(shares)})",
-              flush=True)
+        shares = [f"{emotion} {share:.1%}" for emotion, share in face.probabilities.items()]
+        print(f"{heading}, face {number}: {face.emotion} {face.confidence:.1%}  "
+              f"({', '.join(shares)})", flush=True)
 
 
 @matplotlib.rc_context(PLOT_STYLE)
-def draw_photo(photo, faces, emotions):
+def draw_photo(photo, faces):
     """Return a figure (matplotlib) of a photo, the boxes of its faces and their probabilities."""
-    names = [f"{number} {emotions[face.probabilities.argmax()]}"
-             for number, face in enumerate(faces, 1)]
+    names = [f"{number} {face.emotion}" for number, face in enumerate(faces, 1)]
+    shares = np.array([list(face.probabilities.values()) for face in faces])
     photo_height = np.clip(8 * photo.height / photo.width, 3, 10)  # inches
     table_height = 1.5 + 0.4 * len(faces)
     figure = Figure(figsize=(8, photo_height + table_height), dpi=100, layout="constrained")
@@ -901,7 +934,7 @@ def draw_photo(photo, faces, emotions):
         left, top, right, bottom = face.box
         scene.plot((left, right, right, left, left), (top, top, bottom, bottom, top), SKY_BLUE)
         scene.text(max(left, 0), max(top, 0), name, size=11, va="bottom", backgroundcolor=SKY_BLUE)
-    draw_shares(table, np.array([face.probabilities for face in faces]), names, emotions)
+    draw_shares(table, shares, names, list(faces[0].probabilities))
     return figure
 
 
@@ -934,23 +967,25 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
                 complain(f"error: {error}")
                 all_read = False
                 continue
-            faces = classify_photo(photo, detector, model)
+            faces = classify_photo(photo, detector, model, emotions)
             if not faces:
                 complain(f"{path}: no face found; --no-detect classifies it whole")
             elif as_json:
-                print_json(path, faces, emotions)
+                print_json(path, faces)
             else:
-                print_faces(f"{number}/{len(photos)} {path}", faces, emotions)
+                print_faces(f"{number}/{len(photos)} {path}", faces)
                 picture = pictures / f"{number}_{path.stem}.emotions.jpg"
-                draw_photo(photo, faces, emotions).savefig(picture, dpi=100)
+                draw_photo(photo, faces).savefig(picture, dpi=100)
     if not as_json:
         print(f"\nPictures saved in {pictures}")
     return all_read
 
 
 # --- Drawn faces ----------------------------------------------------------------------------------
-# After the action units of Ekman and Friesen's Facial Action Coding System: inner and outer brow
-# up, eyes open (in half faces), smile, mouth open, mouth width, one corner up.
+# After the action units of Ekman and Friesen's Facial Action Coding System: how far the inner and
+# the outer brow are up, the eyes open (in half faces), the corners of the mouth up, the mouth open,
+# its width (in half faces), and one corner further up than the other.
+SPREAD = (0.03, 0.03, 0.015, 0.1, 0.04, 0.03, 0.08)  # standard deviation of each column
 EXPRESSIONS = {
     "angry":    (-0.16,  0.06, 0.07, -0.35, 0.10, 0.39, 0.00),
     "disgust":  (-0.08, -0.02, 0.04, -0.20, 0.35, 0.34, 0.45),
@@ -964,25 +999,28 @@ EXPRESSIONS = {
 
 def draw_face(emotion, rng):
     """Draw a face (48x48 greyscale PIL image); shape, position, tilt, light, noise are random."""
-    spread = 0.03, 0.03, 0.015, 0.1, 0.04, 0.03, 0.08
     inner, outer, eye, smile, opening, mouth, corner = (
-        EXPRESSIONS[emotion] + rng.normal(0, spread))
+        EXPRESSIONS[emotion] + rng.normal(0, SPREAD))
     eye = max(eye, 0.02)
     back, hair, skin, dark = map(int, rng.uniform((20, 0, 110, 15), (235, 120, 230, 80)))
-    middle, half = rng.normal(96, 6, 2), rng.uniform((56, 72), (72, 88))  # pixels, reduced below
+    # Drawn four times as large as the image: middle and half of the face (x, y) in these pixels.
+    middle = rng.normal(96, 6, 2)
+    half = rng.uniform((56, 72), (72, 88))
     image = Image.new("L", (192, 192), back)
     draw = ImageDraw.Draw(image)
 
-    def place(*points):  # from half faces around the middle to pixels
+    def place(*points):  # points in half faces from the middle
         return [tuple(middle + half * point) for point in points]
 
     draw.ellipse(place((-1.08, -1.2), (1.08, 0.9)), hair)
     draw.ellipse(place((-1, -0.91), (1, 1.01)), skin)
+    white_of_the_eye = min(255, skin * 5 // 4)
     pupil = min(0.11, eye)
     for side in (-0.42, 0.42):
-        for x, y, shade in ((0.21, eye + 0.04, dark),  # lids
-                            (0.19, eye, min(255, skin * 5 // 4)), (pupil, pupil, dark // 2)):
-            draw.ellipse(place((side - x, -0.16 - y), (side + x, y - 0.16)), shade)
+        for width, height, shade in ((0.21, eye + 0.04, dark), (0.19, eye, white_of_the_eye),
+                                     (pupil, pupil, dark // 2)):
+            draw.ellipse(place((side - width, -0.16 - height), (side + width, -0.16 + height)),
+                         shade)
         draw.line(place((0.43 * side, -0.36 - inner), (1.62 * side, -0.36 - outer)), dark, width=7)
     if emotion == "disgust":  # wrinkles
         for y in (-0.14, -0.03, 0.08):
@@ -991,8 +1029,9 @@ def draw_face(emotion, rng):
     across = np.linspace(-1, 1, 15)
     lips = 0.52 + 0.8 * mouth * (smile * (0.5 - across**2) - corner * across / 2)
     gap = 0.4 * mouth * max(opening, 0.1) * (1 - across**2) + 0.025
-    upper_lip, lower_lip = zip(mouth * across, lips - gap), zip(mouth * across, lips + gap)
-    draw.polygon(place(*upper_lip, *reversed(list(lower_lip))), dark // 2)
+    upper_lip = list(zip(mouth * across, lips - gap))
+    lower_lip = list(zip(mouth * across, lips + gap))
+    draw.polygon(place(*upper_lip, *reversed(lower_lip)), dark // 2)
     image = image.rotate(rng.normal(0, 7), Image.Resampling.BILINEAR, fillcolor=back)
     light = rng.uniform(0.6, 1.1) * (1 + np.linspace(-1, 1, SIZE) * rng.normal(0, 0.25))
     noise = rng.normal(0, 12, (SIZE, SIZE))
@@ -1040,18 +1079,6 @@ def fastest_precision():
     return "float32"
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """What to do with the settings.  Each field is an option of the command line."""
-
-    predict: list = setting((), "classify the faces in photos, or folders of photos", nargs="+",
-                            metavar="PHOTO")
-    no_detect: bool = setting(False, "take every photo as one face: look for none")
-    json: bool = setting(False, "print a JSON object per face and draw nothing")
-    output_dir: str = setting("output", "where all results are (default: {default})", metavar="DIR")
-    resume: bool = setting(False, "go on with the interrupted run in --output-dir")
-
-
 class OneLineParser(argparse.ArgumentParser):
     """Raises InputError where argparse would print its usage and a second line."""
 
@@ -1059,50 +1086,70 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def option_name(name):
-    """Return the name of an option on the command line."""
-    return "--" + name.replace("_", "-")
+def complete(settings):
+    """Return the settings with what the user left open: the dataset's folder, the precision."""
+    data_dir = settings.data_dir
+    if not data_dir and not settings.demo:
+        data_dir = find_dataset()
+    return dataclasses.replace(settings, data_dir=data_dir,
+                               precision=settings.precision or fastest_precision())
 
 
-def add_options(group, settings):
-    """Add an option to a group of argparse for each field of a dataclass."""
-    for field in dataclasses.fields(settings):
-        argument = dict(field.metadata)
-        argument["help"] = argument["help"].format(default=field.default)
-        if field.type is bool:
-            argument["action"] = "store_true"
-        elif field.type is not list:
-            argument["type"] = field.type
-        group.add_argument(option_name(field.name), **argument)
+def option_name(setting_name):
+    """Return the name of the command line's option for a setting."""
+    return "--" + setting_name.replace("_", "-")
 
 
-def refuse(useless, given, mode):
-    """Raise InputError if an option was given that would be ignored."""
-    refused = sorted(useless & given.keys())
-    if refused:
-        raise InputError(f"{option_name(refused[0])} is of no use {mode}")
+def add_setting(group, field):
+    """Add the option for a field of Settings to a group of argparse."""
+    argument = dict(field.metadata)
+    argument["help"] = argument["help"].format(default=field.default)
+    if field.type is bool:
+        argument["action"] = "store_true"
+    else:
+        argument["type"] = field.type
+    group.add_argument(option_name(field.name), default=argparse.SUPPRESS, **argument)
 
 
 def parse_command_line(arguments):
-    """Return the command and the settings of a run; InputError where they make no sense."""
-    parser = OneLineParser(description="Recognise facial emotions.", allow_abbrev=False,
-                           argument_default=argparse.SUPPRESS)
-    add_options(parser.add_argument_group("training"), Settings)
-    add_options(parser.add_argument_group("prediction with the trained network, output"), Command)
-    given = vars(parser.parse_args(arguments))
-    of_settings = {field.name for field in dataclasses.fields(Settings)}
-    if "predict" in given:
-        refuse(of_settings | {"resume"}, given, "with --predict")
-    else:
-        refuse({"no_detect", "json"}, given, "without --predict")
-    if "resume" in given:
-        refuse(of_settings, given, "with --resume")
-    settings = {name: value for name, value in given.items() if name in of_settings}
-    settings.setdefault("precision", fastest_precision())
+    """Return the options and the settings of a run; InputError if they make no sense."""
+    parser = OneLineParser(description="Train a network to recognise facial emotions, or use it.",
+                           allow_abbrev=False)
+    training = parser.add_argument_group("training")
+    for field in dataclasses.fields(Settings):
+        add_setting(training, field)
+    training.add_argument("--resume", action="store_true",
+                          help="go on with the interrupted run in --output-dir")
+    prediction = parser.add_argument_group("prediction with the trained network")
+    prediction.add_argument("--predict", nargs="+", metavar="PHOTO",
+                            help="classify the faces in photos, or folders of photos")
+    prediction.add_argument("--no-detect", action="store_true",
+                            help="take every photo as one face: look for none")
+    prediction.add_argument("--json", action="store_true",
+                            help="print a JSON object per face and draw nothing")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-dir", default="output", metavar="DIR",
+                        help="where all results are (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)
+             if hasattr(options, field.name)}
+    refuse_useless(options, given)
     if "demo" in given:
-        settings.setdefault("epochs", 4)
-    command = {name: value for name, value in given.items() if name not in of_settings}
-    return Command(**command), Settings(**settings)
+        given.setdefault("epochs", 4)
+    return options, Settings(**given)
+
+
+def refuse_useless(options, settings):
+    """Raise InputError for an option that would do nothing; `settings` are those given."""
+    if options.predict and options.resume:
+        raise InputError("--resume does nothing with --predict: leave it out")
+    if options.predict and settings:
+        raise InputError(f"{option_name(min(settings))} does nothing with --predict: leave it out")
+    if options.resume and settings:
+        raise InputError(f"{option_name(min(settings))} does nothing with --resume, which goes on "
+                         "with the settings of the run: leave it out")
+    if (options.no_detect or options.json) and not options.predict:
+        raise InputError("--no-detect and --json do nothing without --predict")
 
 
 @contextlib.contextmanager
@@ -1118,14 +1165,12 @@ def errors_in_one_line():
         sys.exit(2)
 
 
-def lock_run(run_dir, resume):
-    """Make the folder of an unfinished run and lock it: for a `with`, which unlocks it at its end.
+# --- Unfinished runs, and what a finished one leaves ----------------------------------------------
+def lock_run(run_dir):
+    """Make the folder of an unfinished run and lock it; the end of a `with` unlocks it.
 
-    Raises InputError where the folder cannot be written or is in use, or, with `resume`, holds no
-    interrupted run.
+    Raises InputError if the folder cannot be written or another run is in it.
     """
-    if resume and not Path(run_dir, CHECKPOINT).exists():
-        raise InputError(f"--resume: there is no interrupted run in {run_dir.parent}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         return FileLock(run_dir / "lock").acquire(timeout=0)  # the system drops it with the process
@@ -1137,8 +1182,18 @@ def lock_run(run_dir, resume):
                          ) from error
 
 
+def settings_to_resume(checkpoint):
+    """Return the settings of an interrupted run, and for how many seconds it has trained."""
+    run, history, _, _ = load_checkpoint(checkpoint)
+    try:
+        return Settings(**run["settings"]), sum(history["seconds"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint} is of another version of this script: delete it and start "
+                         "anew") from error
+
+
 def kept_epochs(run_dir):
-    """Say how many epochs of an unfinished run are kept."""
+    """Return a phrase: how many epochs of an unfinished run are kept."""
     try:
         _, history, _, _ = load_checkpoint(run_dir / CHECKPOINT)
     except InputError:
@@ -1148,9 +1203,11 @@ def kept_epochs(run_dir):
 
 @contextlib.contextmanager
 def telling_what_is_kept(run_dir):
-    """Where a run ends early, say how many epochs are kept; where none is, delete its folder."""
+    """If a run ends early, say how many epochs are kept; at its end, delete what is not needed."""
     try:
         yield
+    except InputError:
+        raise
     except KeyboardInterrupt:
         print()  # ends the line of the progress bar
         raise KeyboardInterrupt(f"interrupted; {kept_epochs(run_dir)}") from None
@@ -1158,47 +1215,25 @@ def telling_what_is_kept(run_dir):
         raise InputError(f"{error.filename or run_dir} cannot be read or written: "
                          f"{error.strerror}; mend that, or name another --output-dir; "
                          f"{kept_epochs(run_dir)}") from error
-    except Exception as error:
+    except Exception as error:  # a mistake in the script: its traceback is what a report needs
         error.add_note(kept_epochs(run_dir))
         raise
     finally:
         if not Path(run_dir, CHECKPOINT).exists():
-            shutil.rmtree(run_dir, ignore_errors=True)
+            delete_run(run_dir)
 
 
-def settings_of_run(run_dir, settings, resume):
-    """Return the settings of a run, and for how many seconds it has trained before.
-
-    These are `settings`, or with `resume` those of the interrupted run in the folder.  Raises
-    InputError where there is one and `resume` is not wanted, or its files are damaged.
-    """
-    checkpoint = run_dir / CHECKPOINT
-    if not resume:
-        if checkpoint.exists():
-            raise InputError(f"{run_dir} holds an interrupted run: add --resume, or delete it")
-        return settings, 0
-    _, history, _, _ = load_checkpoint(checkpoint)
-    run_file = run_dir / "run.json"
-    try:
-        settings = Settings(**json.loads(run_file.read_text())["settings"])
-    except Exception as error:  # the file may hold anything
-        raise InputError(f"{run_file} is missing or damaged: delete {run_dir} and start anew"
-                         ) from error
-    return settings, sum(history["seconds"])
-
-
-def keep_settings(run_dir, settings, test):
-    """Keep settings in run.json, for --resume; InputError if the test images are others there."""
-    run_file = run_dir / "run.json"
-    run = {"settings": dataclasses.asdict(settings), "test images": checksum(*test)}
-    if not Path(run_dir, CHECKPOINT).exists():
-        run_file.write_text(json.dumps(run))
-    elif json.loads(run_file.read_text()) != run:
-        raise changed_since(run_dir, "test images")
+def delete_run(run_dir):
+    """Delete the folder of an unfinished run, but nothing in it that is not of the script."""
+    shutil.rmtree(run_dir / "faces", ignore_errors=True)
+    with contextlib.suppress(OSError):  # it was moved meanwhile, or something else is in it
+        for name in (*RESULTS, Path(CHECKPOINT).with_suffix(".part"), "lock"):
+            Path(run_dir, name).unlink(missing_ok=True)
+        run_dir.rmdir()
 
 
 def save_results(run_dir, model, settings, data, history, scores, seconds):
-    """Write the network, history.csv, and metrics.json: scores and all to repeat the run."""
+    """Write the network, history.csv, and metrics.json with all that it takes to repeat the run."""
     save_network(model, data.emotions, run_dir / NETWORK)
     with open(run_dir / "history.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -1221,7 +1256,8 @@ def save_results(run_dir, model, settings, data, history, scores, seconds):
                      "keras": keras.__version__},
     }
     (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print("\nNetwork: {parameters:,} parameters, {megabytes} MB".format(**metrics["network"]))
+    network = metrics["network"]
+    print(f"\nNetwork: {network['parameters']:,} parameters, {network['megabytes']} MB")
 
 
 def finish_run(run_dir, output_dir):
@@ -1230,41 +1266,48 @@ def finish_run(run_dir, output_dir):
         os.replace(run_dir / name, output_dir / name)
     for picture in output_dir.glob("predictions/*.emotions.jpg"):
         picture.unlink()  # it was drawn with the network before
-    (run_dir / CHECKPOINT).unlink()  # last: without it there is nothing to resume
+    (run_dir / CHECKPOINT).unlink()  # last: without it, there is nothing to resume
     print(f"\nSaved in {output_dir}: {', '.join(RESULTS)}")
 
 
 if __name__ == "__main__":
-    start = time.perf_counter()
-    sys.stdout.reconfigure(errors="backslashreplace")  # no path and no bar fails to be printed
+    started = time.perf_counter()
+    sys.stdout.reconfigure(errors="backslashreplace")  # for characters that a terminal lacks
     with errors_in_one_line():
-        command, settings = parse_command_line(sys.argv[1:])
-        if command.predict:
-            all_read = predict_emotions(command.predict, command.output_dir,
-                                        not command.no_detect, command.json)
+        options, settings = parse_command_line(sys.argv[1:])
+        if options.predict:
+            all_read = predict_emotions(options.predict, options.output_dir,
+                                        detect=not options.no_detect, as_json=options.json)
             sys.exit(0 if all_read else 2)
 
-        output_dir = Path(command.output_dir)
+        output_dir = Path(options.output_dir)
         run_dir = output_dir / "unfinished"
-        with lock_run(run_dir, command.resume), telling_what_is_kept(run_dir):
-            settings, trained_before = settings_of_run(run_dir, settings, command.resume)
+        checkpoint = run_dir / CHECKPOINT
+        if options.resume and not checkpoint.exists():
+            raise InputError(f"--resume: there is no interrupted run in {output_dir}")
+        with lock_run(run_dir), telling_what_is_kept(run_dir):
+            if options.resume:
+                settings, trained_before = settings_to_resume(checkpoint)
+            elif checkpoint.exists():
+                raise InputError(f"{run_dir} holds an interrupted run: add --resume, or delete it")
+            else:
+                settings, trained_before = complete(settings), 0
             keras.utils.set_random_seed(settings.seed)
             keras.config.set_dtype_policy(settings.precision)
             print(f"{processor_name()}, {settings.precision}")
+            data_dir = settings.data_dir
             if settings.demo:
                 data_dir = run_dir / "faces"
                 draw_faces(data_dir, settings.seed)
-            else:
-                data_dir = settings.data_dir or find_dataset()
             data = load_data(data_dir, settings.batch_size, settings.seed)
-            keep_settings(run_dir, settings, data.test)
             model = create_CNN(len(data.emotions), settings.dropout)
+            notes = {"settings": dataclasses.asdict(settings), "test images": checksum(*data.test)}
             history = train_model(model, data.training, data.validation, settings.epochs,
-                                  settings.learning_rate, run_dir / CHECKPOINT,
-                                  keep_checkpoint=True)
+                                  settings.learning_rate, checkpoint, keep_checkpoint=True,
+                                  notes=notes)
             scores, probabilities = evaluate_model(model, data.test, data.emotions)
             plot_performance(history, scores, run_dir)
             plot_examples(data.test, probabilities, data.emotions, run_dir)
-            seconds = trained_before + time.perf_counter() - start
+            seconds = trained_before + time.perf_counter() - started
             save_results(run_dir, model, settings, data, history, scores, seconds)
             finish_run(run_dir, output_dir)

@@ -25,7 +25,7 @@ import keras  # noqa: E402
 EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
 OUTPUTS = {"accuracy.png", "loss.png", "confusion_matrix.png", "examples.png", "history.csv",
            "metrics.json", "emotion_recognition_cnn.keras"}
-RUN = "--epochs", "5", "--batch-size", "8", "--output-dir", "output"
+RUN = "--epochs", "3", "--batch-size", "16", "--output-dir", "output"
 
 
 def pytest_configure(config):

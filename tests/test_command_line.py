@@ -30,7 +30,7 @@ BAD_INPUTS = {
     "emotion empty": ([], lambda data: [file.unlink() for file in data.glob("train/sad/*")],
                       ["data/train/sad", "no images"]),
     "emotion too many": ([], lambda data: (data / "train/contempt").mkdir(),
-                         ["data/test/contempt", "missing", "data/train has that one"]),
+                         ["data/test/contempt", "missing", "the same folders"]),
     "one emotion": ([], lambda data: [shutil.rmtree(folder) for folder in data.glob("*/[!a]*")],
                     ["data/train", "at least two emotions"]),
     "image of no bytes": ([], lambda data: (data / "train/happy/Training_3.png").write_bytes(b""),
@@ -93,6 +93,39 @@ def test_bad_input_gets_one_line_and_status_2(
     assert (tmp_path / "output/history.csv").read_text() == "of an earlier run"
 
 
+def test_a_folder_of_the_users_own_is_never_deleted(tmp_path, run_here):
+    """It has the name that the script gives to the folder of an unfinished run."""
+    own = tmp_path / "output/unfinished/novel.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("Chapter one")
+    assert run_here("--data-dir", "nowhere", cwd=tmp_path).returncode == 2
+    (own.parent / "history.csv").write_text("of the script")
+    script.delete_run(own.parent)
+    assert [file.name for file in own.parent.iterdir()] == ["novel.txt"]
+
+
+@pytest.mark.parametrize(("end", "comes_out"), [
+    ("", False), ("raise OSError", True), ("os.abort()", True), ("os._exit(3)", True)])
+def test_what_the_import_logs_comes_out_where_it_fails(tmp_path, end, comes_out):
+    """TensorFlow's last word may be why the process was aborted: a processor without AVX, say."""
+    (tmp_path / "tensorflow.py").write_text(f"import os\nos.write(2, b'last word\\n')\n{end}\n")
+    (tmp_path / "keras.py").write_text("import tensorflow")
+    code = SCRIPT.read_text().partition("    from keras import layers")[0] + "    pass\n"
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                             text=True, timeout=60)
+    assert ("last word" in process.stderr) == comes_out
+    assert (process.returncode == 0) == (not comes_out)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+def test_hiding_the_log_leaves_no_descriptor_open():
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with script.hidden_log():
+            pass
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_output_folder_that_cannot_be_written(small_dataset, tmp_path, run_here):
     folder = Path("/proc/self")  # nobody can write here, not even root
     if not folder.exists():
@@ -109,7 +142,7 @@ def test_nothing_but_the_script_and_keras_reaches_the_terminal(demo):
     assert process.stderr == ""
     metrics = json.loads((folder / "output/metrics.json").read_text())
     left = [line for line in process.stdout.splitlines() if line.endswith(" min left")]
-    assert len(left) == 3 and all(int(line.split()[0]) >= 1 for line in left)
+    assert len(left) == 3 and all(re.fullmatch(r"about \d+ min left", line) for line in left)
     beginnings = (metrics["processor"], "Drawing faces", "Reading", "2,100 training", "Epoch ",
                   "Test,", "All but", "  ", "Network: ", "Saved in")
     for line in process.stdout.splitlines():

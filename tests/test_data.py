@@ -27,7 +27,8 @@ def test_split_follows_the_file_names(tmp_path, capsys):
     assert data.emotions == EMOTIONS
     assert len(data.training) == 5  # 35 images, the last batch is smaller
     batches = [data.training[index] for index in range(len(data.training))]
-    training = script.Images(*map(np.concatenate, zip(*batches)))
+    images, labels = map(np.concatenate, zip(*batches))
+    training = script.LabelledImages(images, labels, clean=None)
     for kind, part in (("Training", training), ("PublicTest", data.validation),
                        ("PrivateTest", data.test)):
         seen = zip(part.images[:, 0, 0, 0].astype(int).tolist(), part.labels.tolist())
@@ -52,6 +53,23 @@ def test_only_training_images_are_augmented(small_dataset):
     data.training.start_epoch(1)
     second = data.training[0][0]
     assert not {image.tobytes() for image in first} & {image.tobytes() for image in second}
+
+
+def test_what_else_the_generator_is_told_to_do_is_done(small_dataset, monkeypatch):
+    monkeypatch.setattr(script, "AUGMENTATION", {
+        "rescale": 1 / 255, "preprocessing_function": lambda image: 255 - image})
+    training = script.load_data(small_dataset, batch_size=42).training
+    images, _ = training[0]
+    expected = (255 - training.images[training.order].astype("float32")) / 255
+    assert np.allclose(images, expected)
+
+
+def test_an_epoch_leaves_the_random_numbers_of_others_alone(small_dataset):
+    np.random.seed(5)
+    expected = np.random.random(3)
+    np.random.seed(5)
+    script.load_data(small_dataset).training.start_epoch(1)
+    assert np.array_equal(np.random.random(3), expected)
 
 
 def test_batches_are_the_same_in_whatever_order_and_thread_they_are_made(small_dataset):
@@ -127,6 +145,7 @@ def encode(image, kind, **options):
 def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
     grey = Image.new("L", (48, 48), 90)
     deep = Image.fromarray(np.full((48, 48), 90 * 256, "uint16"))
+    big_endian = Image.new("I;16B", (48, 48), 90 * 256)
     hidden = Image.new("LA", (48, 48))  # black, and nothing of it to be seen
     hidden.paste((90, 255), (0, 0, 24, 48))
     hidden.save(tmp_path / "hidden.png")
@@ -136,6 +155,7 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
     for name, contents in {
             "CMYK.jpg": encode(grey.convert("CMYK"), "JPEG", quality=100),
             "16 bits.png": encode(deep, "PNG"), "16 bits.tif": encode(deep, "TIFF"),
+            "16 bits of a scanner.tif": encode(big_endian, "TIFF"),
             "transparency.png": encode(grey.convert("LA"), "PNG"),
             "the first frame of an animation.gif": encode(grey, "GIF", **animation)}.items():
         (tmp_path / name).write_bytes(contents)
@@ -146,8 +166,8 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
         (tmp_path / "train/sad" / name).write_bytes(contents)
     training = script.load_data(tmp_path, 2, 0).training
     output, errors = capfd.readouterr()
-    assert "12 training, 7 validation and 7 test images" in output and errors == ""
-    assert len(training.labels) == 12
+    assert "13 training, 7 validation and 7 test images" in output and errors == ""
+    assert len(training.labels) == 13
 
 
 def test_photos_of_200_megapixels_are_read_and_larger_ones_named(tmp_path):
@@ -164,14 +184,13 @@ def test_names_that_are_not_utf_8(small_dataset, tmp_path, run_here):
         shutil.copytree(small_dataset, data)
     except OSError:
         pytest.skip("this file system wants UTF-8")
-    (data / "train/sad/Training_0.png").rename(data / os.fsdecode(b"train/sad/Training_\xff.png"))
-    options = "--data-dir", data, "--epochs", 1
-    process = run_here(*options, cwd=tmp_path)
-    assert process.returncode == 0 and "42 training" in process.stdout, process.stderr
-    (data / os.fsdecode(b"train/sad/Training_\xff.png")).write_bytes(b"")
-    process = run_here(*options, cwd=tmp_path)
+    image = data / os.fsdecode(b"train/sad/Training_\xff.png")
+    (data / "train/sad/Training_0.png").rename(image)
+    assert len(script.read_images(data / "train", EMOTIONS)[1]) == 42
+    image.write_bytes(b"")
+    process = run_here("--data-dir", data, cwd=tmp_path)
     assert process.returncode == 2 and process.stderr.count("\n") == 1
-    assert "Training_" in process.stderr
+    assert "Training_" in process.stderr and "Reading da" in process.stdout
 
 
 @pytest.fixture
@@ -194,11 +213,13 @@ def test_the_dataset_is_downloaded_where_there_is_none(kagglehub, tmp_path, run_
 
 
 def test_data_folder_that_is_there_is_used_however_small_and_nothing_downloaded(
-        kagglehub, tmp_path, run_here):
+        kagglehub, tmp_path, monkeypatch, capsys):
     make_dataset(tmp_path / "data", 1, 1, 1)
-    process = run_here("--epochs", 1, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert "7 training, 7 validation and 7 test images" in process.stdout
+    monkeypatch.chdir(tmp_path)
+    settings = script.complete(script.Settings())
+    assert settings.data_dir == "data" and settings.precision == script.fastest_precision()
+    script.load_data(settings.data_dir)
+    assert "7 training, 7 validation and 7 test images" in capsys.readouterr().out
     assert not (tmp_path / "calls").exists()
 
 

@@ -40,7 +40,8 @@ class Oracle:
 
 def evaluate(oracle, labels, clean):
     """Evaluate an oracle on its images; return scores and probabilities."""
-    return script.evaluate_model(oracle, script.Images(oracle.images, labels, clean), EMOTIONS)
+    test = script.LabelledImages(oracle.images, labels, clean)
+    return script.evaluate_model(oracle, test, EMOTIONS)
 
 
 def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
@@ -188,7 +189,8 @@ def test_examples_are_the_surest_of_each_emotion_right_and_wrong(tmp_path, figur
     probabilities = np.repeat((1 - confidence[:, np.newaxis]) / 6, 7, axis=1)
     probabilities[range(12), predicted] = confidence
     images = np.broadcast_to(np.arange(12, dtype="uint8")[:, None, None, None], (12, 48, 48, 1))
-    script.plot_examples(script.Images(images, labels), probabilities, EMOTIONS, tmp_path)
+    test = script.LabelledImages(images, labels, clean=None)
+    script.plot_examples(test, probabilities, EMOTIONS, tmp_path)
     shown = [[[(image.get_array().max(), axes.get_title()) for image in axes.images]
               for axes in half.axes] for half in figures[0].subfigs]
     right, wrong = ([sum(half[first:first + 3], []) for first in range(0, 21, 3)]

@@ -26,6 +26,8 @@ def test_five_functions_one_after_another_and_again_with_another_folder(
         history = script.train_model(model, data.training, data.validation, epochs=1)
         scores, probabilities = script.evaluate_model(model, data.test, data.emotions)
         script.plot_performance(history, scores, str(output_dir))
+        of_validation, _ = script.evaluate_model(model, data.validation, data.emotions)
+        assert of_validation["accuracy"] == of_validation["clean_accuracy"]
         assert data.emotions == EMOTIONS
         parts = data.training, data.validation, data.test
         assert tuple(len(part.images) for part in parts) == images

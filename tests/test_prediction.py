@@ -187,8 +187,9 @@ def test_a_face_beyond_the_edge_of_the_photo_repeats_the_edge():
 def test_picture_frames_the_faces_and_shows_what_they_were_taken_for():
     shares = np.array([[0.5, 0, 0.3, 0, 0.2, 0, 0], [0, 0, 0, 1.0, 0, 0, 0]])
     boxes = [(0, 0, 80, 80), (280, 40, 340, 100)]  # one in the corner, one beyond the edge
-    faces = list(map(script.Face, boxes, shares))
-    figure = script.draw_photo(Image.new("L", (300, 400), "white"), faces, EMOTIONS)
+    faces = [script.Face(box, EMOTIONS[row.argmax()], row.max(), dict(zip(EMOTIONS, row)))
+             for box, row in zip(boxes, shares)]
+    figure = script.draw_photo(Image.new("L", (300, 400), "white"), faces)
     scene, table = figure.axes
     for frame, (left, top, right, bottom) in zip(scene.lines, boxes, strict=True):
         assert set(map(tuple, frame.get_xydata())) == {
@@ -203,8 +204,8 @@ def test_picture_frames_the_faces_and_shows_what_they_were_taken_for():
 
 
 def test_picture_of_a_photo_that_is_all_face_has_no_frame():
-    faces = [script.Face((0, 0, 100, 100), np.eye(7)[0])]
-    figure = script.draw_photo(Image.new("L", (100, 100)), faces, EMOTIONS)
+    face = script.Face((0, 0, 100, 100), "angry", 1.0, dict(zip(EMOTIONS, np.eye(7)[0])))
+    figure = script.draw_photo(Image.new("L", (100, 100)), [face])
     assert not figure.axes[0].lines and not figure.axes[0].texts
 
 
@@ -244,10 +245,10 @@ def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
     script.draw_face("sad", np.random.default_rng(0)).save(face)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "__file__", str(tmp_path / "project/script.py"))
-    with pytest.raises(script.InputError, match="^output/.*is missing.*project/docs/runs.*train"):
+    with pytest.raises(script.InputError, match="^output/.*is missing.*docs/runs/88-0/.*train"):
         script.predict_emotions([face])
 
-    shipped = tmp_path / "project/docs/runs/9-0" / script.NETWORK
+    shipped = tmp_path / "project/docs/runs/88-0" / script.NETWORK
     shipped.parent.mkdir(parents=True)
     shutil.copy(trained / script.NETWORK, shipped)
     all_read, (found,), errors = predict([face], "output", capsys, detect=False)

@@ -138,7 +138,7 @@ def test_one_and_two_workers_give_the_same_history(data):
 def test_same_seed_same_history(small_dataset, whole_run, tmp_path, run_here):
     process = run_here("--data-dir", small_dataset, *RUN, "--seed", 0, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert len(read_history(tmp_path / "output")) == 5
+    assert len(read_history(tmp_path / "output")) == 3
     assert_same_run(tmp_path, whole_run)
 
 
@@ -154,7 +154,7 @@ def test_a_finished_run_never_makes_the_next_one_train_nothing(data, tmp_path):
         keras.utils.set_random_seed(3)
         model = small_network()
         before = model.get_weights()
-        histories.append(train(model, data, epochs=2, checkpoint=str(tmp_path / "run.npz")))
+        histories.append(train(model, data, checkpoint=str(tmp_path / "run.npz")))
         assert not all(map(np.array_equal, before, model.get_weights()))
         assert {path.name for path in tmp_path.iterdir()} == {"accuracy.png", "loss.png"}
     assert without_seconds(histories[0]) == without_seconds(histories[1])
@@ -171,6 +171,17 @@ def test_plots_beside_the_checkpoint_are_current_after_every_epoch(data, tmp_pat
     train(small_network(), data, epochs=2, checkpoint=tmp_path / script.CHECKPOINT)
     assert [epochs for *epochs, _ in plotted] == [[1], [1, 2]]
     assert plotted[0][-1] != plotted[1][-1]
+
+
+def test_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    script.save_checkpoint(tmp_path / "run.npz", {}, {"epoch": [1]}, [np.ones(2)], [np.zeros(3)])
+    assert calls == ["fsync", "replace"]
+    run, history, (variable,), (weight,) = script.load_checkpoint(tmp_path / "run.npz")
+    assert (run, history) == ({}, {"epoch": [1]}) and variable.tolist() == [1, 1]
+    assert weight.tolist() == [0, 0, 0]
 
 
 def interrupt_after_first_checkpoint(monkeypatch):
@@ -230,7 +241,7 @@ def test_ctrl_c_within_tensorflow_comes_out_after_it(
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as interrupt:
         train(script.create_CNN(7), data, checkpoint=tmp_path / "unfinished" / script.CHECKPOINT)
-    assert interrupt.traceback[-1].name == "interrupt_if"  # not within TensorFlow
+    assert interrupt.traceback[-1].name == "interrupt_if_pressed"  # not within TensorFlow
     assert signal.getsignal(signal.SIGINT) is handler
     assert len(kept_history(tmp_path).get("epoch", [])) == epochs
 
@@ -479,7 +490,8 @@ def test_loss_that_is_not_finite_ends_the_run(small_dataset, whole_run, tmp_path
     process = run_here("--data-dir", small_dataset, *RUN, "--learning-rate", "1e30", cwd=tmp_path)
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1
-    assert "the loss is NaN or infinite" in process.stderr and "--learning-rate" in process.stderr
+    assert "the loss is NaN or infinite: start anew" in process.stderr
+    assert "--learning-rate below 1e+30" in process.stderr
     assert {path.name for path in (tmp_path / "output").iterdir()} == OUTPUTS
     assert read_history(tmp_path / "output") == read_history(whole_run / "output")
 

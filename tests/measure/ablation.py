@@ -47,9 +47,9 @@ INGREDIENTS = {
     "layer normalisation: batch normalisation in its place": {
         "layers.LayerNormalization(), ": "layers.BatchNormalization(momentum=0.9), "},
     "overlap in the first pooling": {
-        'layers.MaxPooling2D(4, 3, padding="same")': "layers.MaxPooling2D(3)"},
+        'layers.MaxPooling2D(4, strides=3, padding="same")': "layers.MaxPooling2D(3)"},
     "overlap in the second pooling": {
-        'layers.MaxPooling2D(7, 3, padding="same")':
+        'layers.MaxPooling2D(7, strides=3, padding="same")':
             'layers.MaxPooling2D(3, padding="same")'},
     "half of the second convolution's filters": {"Conv2D(384,": "Conv2D(192,"},
     "half of the dense layer": {"Dense(512,": "Dense(256,"},
@@ -60,7 +60,7 @@ INGREDIENTS = {
     "weaker dropout in short runs": {"min(self.epochs / 88, 1)": "1"},
     "cosine decay": {"keras.optimizers.AdamW(schedule)": "keras.optimizers.AdamW(learning_rate)"},
     "augmentation": {"ImageDataGenerator(**AUGMENTATION)": "ImageDataGenerator()"},
-    "weights of the emotions": {"np.cbrt(count.mean() / count)": "np.ones(len(count))"},
+    "weights of the emotions": {"np.cbrt(counts.mean() / counts)": "np.ones(len(counts))"},
 }
 
 
