@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,11 +39,6 @@ def run(*arguments, cwd, **environment):
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=280,
                           env={**os.environ, **environment})
-
-
-def pytest_collection_modifyitems(items):
-    """Put what waits for the demo last: it trains beside the other tests."""
-    items.sort(key=lambda item: "demo" in item.fixturenames)
 
 
 @pytest.fixture
@@ -144,35 +139,45 @@ def foreign_model(path):
 
 
 @pytest.fixture(scope="session")
-def small_dataset(tmp_path_factory):
+def shared(tmp_path_factory, testrun_uid):
+    """Return `shared(name, make)`: a folder that `make` has filled, once for all workers."""
+    def shared(name, make):
+        folder = tmp_path_factory.getbasetemp().parent / f"{name}-{testrun_uid}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                make(folder)
+        return folder
+
+    return shared
+
+
+def run_and_note(*arguments, cwd):
+    """Run the script and write down its status and what it printed."""
+    process = run(*arguments, cwd=cwd)
+    noted = {"returncode": process.returncode, "stdout": process.stdout, "stderr": process.stderr}
+    (cwd / "process.json").write_text(json.dumps({"args": arguments, **noted}, default=str))
+
+
+@pytest.fixture(scope="session")
+def small_dataset(shared):
     """Return the folder of a dataset of 70 drawn faces; tests copy it before they change it."""
-    return make_dataset(tmp_path_factory.mktemp("small") / "faces")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def whole_runs(request, small_dataset, tmp_path_factory):
-    """Start the whole runs that some of the tests want; they train beside the first tests.
-
-    Returns, by the name of the fixture, the folder of each and the future of its process.
-    """
-    wanted = {name for item in request.session.items for name in item.fixturenames}
-    arguments = {"demo": ["--demo"], "whole_run": ["--data-dir", small_dataset, *RUN]}
-    with ThreadPoolExecutor() as pool:
-        folders = {name: tmp_path_factory.mktemp(name) for name in wanted & set(arguments)}
-        yield {name: (folder, pool.submit(run, *arguments[name], cwd=folder))
-               for name, folder in folders.items()}
+    return shared("small", make_dataset)
 
 
 @pytest.fixture(scope="session")
-def demo(whole_runs):
+def demo(shared):
     """Return the folder and the process of a run with --demo, into its default output folder."""
-    folder, process = whole_runs["demo"]
-    return folder, process.result()
+    folder = shared("demo", lambda folder: run_and_note("--demo", cwd=folder))
+    process = json.loads((folder / "process.json").read_text())
+    return folder, subprocess.CompletedProcess(**process)
 
 
 @pytest.fixture(scope="session")
-def whole_run(whole_runs):
+def whole_run(shared, small_dataset):
     """Return the folder of a run that nobody interrupted; its output is in output/."""
-    folder, process = whole_runs["whole_run"]
-    assert process.result().returncode == 0, process.result().stderr
+    arguments = "--data-dir", small_dataset, *RUN
+    folder = shared("whole_run", lambda folder: run_and_note(*arguments, cwd=folder))
+    process = json.loads((folder / "process.json").read_text())
+    assert process["returncode"] == 0, process["stderr"]
     return folder

@@ -190,7 +190,7 @@ def test_names_that_are_not_utf_8(small_dataset, tmp_path, run_here):
     image.write_bytes(b"")
     process = run_here("--data-dir", data, cwd=tmp_path)
     assert process.returncode == 2 and process.stderr.count("\n") == 1
-    assert "Training_" in process.stderr and "Reading da" in process.stdout
+    assert "Training_" in process.stderr
 
 
 @pytest.fixture

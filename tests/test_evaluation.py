@@ -214,7 +214,7 @@ def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
     assert metrics["test"]["accuracy"] >= 0.9
     assert metrics["images"] == {"training": 2100, "validation": 350, "test": 350}
     assert metrics["settings"]["demo"] and not metrics["settings"]["data_dir"]
-    assert {path.name for path in folder.iterdir()} == {"output"}
+    assert {path.name for path in folder.iterdir()} == {"output", "process.json"}
 
 
 def test_run_leaves_all_files_and_lists_them(demo):
