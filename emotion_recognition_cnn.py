@@ -22,6 +22,8 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -38,22 +40,39 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-import numpy as np
-from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageOps
 
-os.environ["KERAS_BACKEND"] = "tensorflow"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # without AVX-512, TensorFlow leaves it off
+def complain(problem):
+    """Print a problem as one line on stderr."""
+    print(problem.replace("\n", " "), file=sys.stderr)
+
+
+def open_closed_streams():
+    """Open stdout and stderr where they are closed: services start programs so.
+
+    What is printed then goes nowhere, and the next file to be opened does not take their place.
+    """
+    for name, descriptor in ("stdout", 1), ("stderr", 2):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, open(descriptor, "w"))
+
+
+def drop_missing_backend():
+    """Forget a backend of Matplotlib that is not installed: Jupyter names its own to all programs.
+
+    Matplotlib would refuse to be imported.
+    """
+    kind, _, module = os.environ.get("MPLBACKEND", "").partition("://")
+    if kind == "module" and not importlib.util.find_spec(module.partition(".")[0]):
+        del os.environ["MPLBACKEND"]
 
 
 @contextlib.contextmanager
 def hidden_log():
     """Hide what is written to stderr during the block.
 
-    If the block raises an exception, or the whole process crashes, it is printed after all.  A
-    helper process reads it, so that it survives a crash.
+    If the block raises an exception, or the whole process crashes, it is printed after all; not so
+    on Ctrl-C.  A helper process reads it, so that it survives a crash.
     """
     printer = ("import sys; log = sys.stdin.buffer.read()\n"
                "if not log.endswith(b'all went well'): sys.stderr.buffer.write(log)")
@@ -64,6 +83,9 @@ def hidden_log():
     try:
         yield
         os.write(2, b"all went well")
+    except KeyboardInterrupt:
+        os.write(2, b"all went well")
+        raise
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -71,17 +93,43 @@ def hidden_log():
         helper.wait()
 
 
-# TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL, Matplotlib one when it builds its
-# cache of fonts.
-with hidden_log():
-    import keras
-    import tensorflow as tf
-    from keras import layers
-    from matplotlib.figure import Figure
-    from tensorflow.keras.preprocessing.image import ImageDataGenerator
+open_closed_streams()
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # without AVX-512, TensorFlow leaves it off
+drop_missing_backend()
+try:
+    # TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL, Matplotlib one when it builds
+    # its cache of fonts.
+    with hidden_log():
+        import keras
+        import matplotlib.style
+        import numpy as np
+        import tensorflow as tf
+        from filelock import FileLock, Timeout
+        from keras import layers
+        from matplotlib.figure import Figure
+        from PIL import Image, ImageDraw, ImageOps
+        from tensorflow.keras.preprocessing.image import ImageDataGenerator
+        Image.init()  # imports what Pillow has for each kind of file
+except KeyboardInterrupt:  # the import takes seconds
+    if __name__ != "__main__":
+        raise
+    complain("interrupted")
+    sys.exit(130)  # as shells do
+
+# What a user's own keras.json and environment may have changed.
+keras.config.set_image_data_format("channels_last")
+keras.config.set_floatx("float32")
+keras.config.set_epsilon(1e-7)
+keras.config.set_max_epochs(None)
+keras.config.set_max_steps_per_epoch(None)
 
 SIZE = 48  # pixels: height and width of the images of FER-2013
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+FER2013_EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
+# Those of the files that Pillow can open: .jpg, .png, .webp and many more.
+IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items()
+                 if kind in Image.OPEN}
 # Applied to training images alone.  What all images need, those of --predict too (rescaling, say),
 # must be a layer of create_CNN.
 AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_range": 0.1,
@@ -94,18 +142,15 @@ RESULTS = ("accuracy.png", "confusion_matrix.png", NETWORK, "examples.png", "his
 
 # From the palette of Okabe and Ito: colour-blind readers can tell these apart.
 BLUE, VERMILION, SKY_BLUE = "#0072B2", "#D55E00", "#56B4E9"
-PLOT_STYLE = {"font.size": 15, "figure.dpi": 150, "savefig.dpi": 150, "lines.linewidth": 2.5}
+# Matplotlib's own style, not the user's, and in it:
+PLOT_STYLE = ["default", {"font.size": 15, "figure.dpi": 150, "savefig.dpi": 150,
+                          "lines.linewidth": 2.5}]
 # Pillow warns above this, and refuses above twice this: phones take photos of 200 megapixels.
 Image.MAX_IMAGE_PIXELS = 125_000_000
 
 
 class InputError(Exception):
     """Something that the user can mend; its one line names it and says what to do."""
-
-
-def complain(problem):
-    """Print a problem as one line on stderr."""
-    print(problem.replace("\n", " "), file=sys.stderr)
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -153,6 +198,15 @@ class Settings:
 
 
 # --- Data -----------------------------------------------------------------------------------------
+FER2013_PAGE = "https://www.kaggle.com/datasets/msambare/fer2013"
+ARCHIVE_ENDINGS = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z")
+# What other copies of FER-2013 and other datasets call their parts, in lower case.
+OTHER_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "privatetest", "publictest", "validation", "valid", "val"),
+}
+
+
 class LabelledImages(NamedTuple):
     """Images and what they show."""
 
@@ -171,8 +225,46 @@ def find_dataset():
     except Exception as error:  # from any layer: network, HTTP status, archive, disk
         raise InputError(
             f"no data/ folder, and no download of FER-2013 ({type(error).__name__}). Ways on: get "
-            "https://www.kaggle.com/datasets/msambare/fer2013 by hand and unpack it into data/, "
-            "name its folder with --data-dir, or try drawn faces with --demo") from error
+            f"{FER2013_PAGE} by hand and unpack it into data/, name its folder with --data-dir, or "
+            "try drawn faces with --demo") from error
+
+
+def advice_on_renaming(names):
+    """Say which of the entries of a folder, by their names, are to become its train/ and test/."""
+    renamings = []
+    for part, other_names in OTHER_NAMES.items():
+        similar = [name for other in other_names for name in names if name.lower() == other]
+        if similar and part not in names:
+            renamings.append(f"{similar[0]}/ to {part}/")
+    return f"rename {' and '.join(renamings)}" if renamings else ""
+
+
+def advice_on_contents(data_dir):
+    """Say what to do by what a folder holds in place of train/ and test/; "" where it is nothing.
+    """
+    deeper = sorted([*data_dir.glob("*/train"), *data_dir.glob("*/*/train")])
+    if deeper:
+        return f"the dataset lies deeper, in {deeper[0].parent}: name that with --data-dir"
+    names = sorted(entry.name for entry in data_dir.iterdir() if not entry.name.startswith("."))
+    archives = [name for name in names if name.lower().endswith(ARCHIVE_ENDINGS)]
+    if archives:
+        return f"unpack {data_dir / archives[0]} there"
+    tables = [name for name in names if name.lower().endswith(".csv")]
+    if tables:
+        return f"{data_dir / tables[0]} is a table, not images: get those of {FER2013_PAGE}"
+    return advice_on_renaming(names)
+
+
+def advice_on_layout(data_dir):
+    """Say what to do about a folder without train/ or test/."""
+    general = "name the folder that holds train/ and test/, each with a folder per emotion"
+    if data_dir.is_file():
+        return f"{data_dir} is a file: unpack it if it is an archive, and {general}"
+    if not data_dir.is_dir():
+        return f"{general}, with --data-dir"
+    if (data_dir.parent / "train").is_dir():
+        return f"name the folder above, {data_dir.parent}, with --data-dir"
+    return advice_on_contents(data_dir) or f"{general}, with --data-dir"
 
 
 def find_emotions(data_dir):
@@ -184,8 +276,7 @@ def find_emotions(data_dir):
     for part in "train", "test":
         folder = data_dir / part
         if not folder.is_dir():
-            raise InputError(f"{folder} is missing: name the folder that holds train/ and test/, "
-                             "each with a folder per emotion, with --data-dir")
+            raise InputError(f"{folder} is missing: {advice_on_layout(data_dir)}")
         found[part] = {entry.name for entry in folder.iterdir()
                        if entry.is_dir() and not entry.name.startswith(".")}
     different = sorted(found["train"] ^ found["test"])
@@ -199,17 +290,53 @@ def find_emotions(data_dir):
     return sorted(found["train"])
 
 
-def find_images(paths):
-    """Return, in order, those of `paths` that are images by their ending and not hidden."""
-    return sorted(path for path in paths
-                  if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."))
+def find_images(folder):
+    """Return the images in a folder, however deep, and all other files: two lists of sorted paths.
+
+    Images are told by their endings.  What is hidden is passed over.  Links are followed, and each
+    folder is read once.  One that cannot be read is among the images: `open_image` says why.
+    """
+    images, others, seen = [], [], set()
+    for place, folders, names in os.walk(folder, followlinks=True,
+                                         onerror=lambda error: images.append(Path(error.filename))):
+        if os.path.realpath(place) in seen:
+            folders.clear()  # a link leads back to it
+            continue
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in [Path(place, name) for name in names if not name.startswith(".")]:
+            if path.suffix.lower() in IMAGE_ENDINGS:
+                images.append(path)
+            else:
+                others.append(path)
+    return sorted(images), sorted(others)
+
+
+def tell_passed_over(paths, reason):
+    """Print a line on stderr: files that are passed over, and why."""
+    if not paths:
+        return
+    names = ", ".join(map(str, paths[:10]))
+    if len(paths) > 10:
+        names += f" and {len(paths) - 10} more"
+    complain(f"passed over, {reason}: {names}")
+
+
+def upright(image):
+    """Turn an image (PIL) as its Exif orientation says; as it lies where that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises many kinds on malformed Exif
+        return image
 
 
 def open_image(path):
     """Open an image as a person sees it: upright, 8 bits, grey or RGB; InputError if it cannot."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            image = ImageOps.exif_transpose(Image.open(path))
+            image = Image.open(path)
+            image.load()
+            image = upright(image)
         if image.mode.startswith("I"):  # grey with 16 bits, which Pillow would cut off at 255
             image = image.convert("I").point(lambda value: value / 256).convert("L")
         elif image.has_transparency_data:
@@ -219,9 +346,16 @@ def open_image(path):
         return image if image.mode == "L" else image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large: reduce it to at most 250 megapixels") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} holds no images that Pillow opens, such as .jpg or .png"
+                         ) from error
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # Pillow raises many kinds on a broken file, in each of these calls
-        raise InputError(f"{path} is missing, empty, damaged or no image "
-                         f"({type(error).__name__}): replace or delete it") from error
+        raise InputError(f"{path} is empty, damaged or no image that Pillow opens "
+                         f"({type(error).__name__})") from error
 
 
 def face_pixels(face):
@@ -230,23 +364,29 @@ def face_pixels(face):
 
 
 def read_images(folder, emotions):
-    """Read every image in the emotion folders of `folder`.
+    """Read every image in the emotion folders of `folder`, however deep, as Keras does.
 
     Returns paths, images (uint8, n x 48 x 48 x 1) and labels (int, n: indices into the emotions).
     Raises InputError where an emotion has no images or an image cannot be read.
     """
-    paths, labels = [], []
+    paths, labels, passed_over = [], [], []
     for label, emotion in enumerate(emotions):
-        found = find_images((folder / emotion).iterdir())
+        found, others = find_images(folder / emotion)
+        passed_over += others
         if not found:
-            raise InputError(f"{folder / emotion} holds no images ({' '.join(IMAGE_ENDINGS)})")
+            raise InputError(f"{folder / emotion} holds no images that Pillow opens, such as .jpg "
+                             "or .png")
         paths += found
         labels += [label] * len(found)
+    tell_passed_over(passed_over, "no images by their endings")
     show_bar = sys.stdout.isatty()
     progress = keras.utils.Progbar(len(paths), unit_name="image", verbose=int(show_bar))
     images = []
     for path in paths:
-        images.append(face_pixels(open_image(path)))
+        try:
+            images.append(face_pixels(open_image(path)))
+        except InputError as error:
+            raise InputError(f"{error}; replace it, or take it out of the dataset") from error
         progress.add(1)
     return paths, np.stack(images)[..., np.newaxis], np.array(labels)
 
@@ -330,6 +470,8 @@ def load_data(data_dir, batch_size=Settings.batch_size, seed=Settings.seed):
     print(f"Reading {data_dir}")
     data_dir = Path(data_dir)
     emotions = find_emotions(data_dir)
+    if emotions != FER2013_EMOTIONS:
+        print(f"{len(emotions)} emotions: {', '.join(emotions)}")
     train_paths, train_images, train_labels = read_images(data_dir / "train", emotions)
     test_paths, test_images, test_labels = read_images(data_dir / "test", emotions)
     train_files = {file_digest(path) for path in train_paths}
@@ -716,7 +858,7 @@ def print_scores(scores):
 
 
 # --- Plots ----------------------------------------------------------------------------------------
-@matplotlib.rc_context(PLOT_STYLE)
+@matplotlib.style.context(PLOT_STYLE)
 def plot_history(history, output_dir):
     """Write accuracy.png and loss.png: training and validation over the epochs."""
     output_dir = Path(output_dir)
@@ -749,7 +891,7 @@ def draw_shares(axes, shares, rows, columns):
     axes.set_yticks(range(len(rows)), rows)
 
 
-@matplotlib.rc_context(PLOT_STYLE)
+@matplotlib.style.context(PLOT_STYLE)
 def plot_performance(history, scores, output_dir):
     """Plot how training went and what came of it.
 
@@ -767,7 +909,7 @@ def plot_performance(history, scores, output_dir):
     figure.savefig(Path(output_dir, "confusion_matrix.png"))
 
 
-@matplotlib.rc_context(PLOT_STYLE)
+@matplotlib.style.context(PLOT_STYLE)
 def plot_examples(test, probabilities, emotions, output_dir):
     """Write examples.png: of each emotion (rows: labels) the test images classified most surely."""
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
@@ -809,19 +951,24 @@ def save_network(model, emotions, path):
 
 def load_network(path):
     """Return the network and the emotions that `save_network` wrote; InputError if it is none."""
-    try:
-        model = keras.models.load_model(path)
-    except Exception as error:  # of zipfile, h5py or Keras
-        raise InputError(f"{path} is missing, damaged or of another version of Keras than "
-                         f"{keras.__version__}: train a network, or name another folder with "
-                         "--output-dir") from error
+    way_on = "train a network, or name another folder with --output-dir"
+    if not Path(path).exists():
+        raise InputError(f"{path} is missing: {way_on}")
     emotions = []
-    with zipfile.ZipFile(path) as file:
-        if "emotions.json" in file.namelist():
-            emotions = json.loads(file.read("emotions.json"))
+    written_by = ""
+    try:
+        with zipfile.ZipFile(path) as file:
+            version = json.loads(file.read("metadata.json"))["keras_version"]
+            written_by = f", written by Keras {version}"
+            if "emotions.json" in file.namelist():
+                emotions = list(json.loads(file.read("emotions.json")))
+        model = keras.models.load_model(path)
+    except Exception as error:  # of zipfile, JSON, h5py or Keras
+        reason = f"{type(error).__name__}: {error}".splitlines()[-1]  # Keras tells the cause last
+        raise InputError(f"{path} is damaged or of another version of Keras than "
+                         f"{keras.__version__}{written_by} ({reason}): {way_on}") from error
     if model.input_shape != (None, SIZE, SIZE, 1) or model.output_shape != (None, len(emotions)):
-        raise InputError(f"{path} is no network of this script, or of an earlier version: train "
-                         "one, or name another folder with --output-dir")
+        raise InputError(f"{path} is no network of this script, or of an earlier version: {way_on}")
     return model, emotions
 
 
@@ -838,12 +985,30 @@ def find_network(output_dir):
     return included
 
 
+def drawn_by_script(path):
+    """Tell whether a picture is one of this script's, by its name and the files beside it."""
+    beside_results = any((path.parent / name).exists() for name in ("metrics.json", CHECKPOINT))
+    return path.name.endswith(".emotions.jpg") or (path.name in RESULTS and beside_results)
+
+
 def find_photos(paths):
-    """Return the photos named, and in place of a folder the photos in it, however deep."""
+    """Return the photos named, and in place of a folder the photos in it, however deep.
+
+    What lies in a folder and is not taken for a photo is named on stderr.
+    """
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
     photos = []
     for path in map(Path, paths):
-        inside = find_images(path.rglob("*"))  # none, where it is no folder
-        photos += inside or [path]
+        if not path.is_dir():
+            photos.append(path)
+            continue
+        images, others = find_images(path)
+        own = [image for image in images if drawn_by_script(image)]
+        tell_passed_over(own, "drawn by this script")
+        tell_passed_over(others, "no photos by their endings")
+        found = [image for image in images if image not in own]
+        photos += found or [path]  # the one line that it gets then says that it holds none
     return photos
 
 
@@ -915,9 +1080,18 @@ def print_faces(heading, faces):
               f"({', '.join(shares)})", flush=True)
 
 
-@matplotlib.rc_context(PLOT_STYLE)
-def draw_photo(photo, faces):
-    """Return a figure (matplotlib) of a photo, the boxes of its faces and their probabilities."""
+def shorten_overlapping(labels, figure):
+    """Cut the labels of neighbouring faces down to their numbers if any two overlap."""
+    figure.draw_without_rendering()  # gives all in it their places
+    places = [label.get_bbox_patch().get_window_extent() for label in labels]
+    if any(one.overlaps(other) for one, other in itertools.combinations(places, 2)):
+        for label in labels:
+            label.set_text(label.get_text().split()[0])
+
+
+@matplotlib.style.context(PLOT_STYLE)
+def draw_photo(photo, faces, path):
+    """Write a picture of a photo (PIL), the boxes of its faces and their probabilities."""
     names = [f"{number} {face.emotion}" for number, face in enumerate(faces, 1)]
     shares = np.array([list(face.probabilities.values()) for face in faces])
     photo_height = np.clip(8 * photo.height / photo.width, 3, 10)  # inches
@@ -928,24 +1102,46 @@ def draw_photo(photo, faces):
                  extent=(0, photo.width, photo.height, 0))
     scene.set_axis_off()
     scene.autoscale(False)
+    labels = []
     for name, face in zip(names, faces):
         if face.box == (0, 0, *photo.size):  # the photo is all face
             continue
         left, top, right, bottom = face.box
         scene.plot((left, right, right, left, left), (top, top, bottom, bottom, top), SKY_BLUE)
-        scene.text(max(left, 0), max(top, 0), name, size=11, va="bottom", backgroundcolor=SKY_BLUE)
+        labels.append(scene.text(max(left, 0), max(top, 0), name, size=11, va="bottom",
+                                 backgroundcolor=SKY_BLUE))
     draw_shares(table, shares, names, list(faces[0].probabilities))
+    shorten_overlapping(labels, figure)
+    figure.savefig(path, dpi=100)
     return figure
+
+
+def predict_photo(path, heading, detector, model, emotions, picture, as_json):
+    """Classify the faces in a photo and return them; one line on stderr where there is none.
+
+    Prints a row for each, which starts with the heading, and draws `picture`; or prints JSON.
+    """
+    photo = open_image(path)
+    faces = classify_photo(photo, detector, model, emotions)
+    if not faces:
+        complain(f"{path}: no face found; --no-detect classifies it whole")
+    elif as_json:
+        print_json(path, faces)
+    else:
+        print_faces(heading, faces)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_photo(photo, faces, picture)
+    return faces
 
 
 def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
     """Classify the faces in photos, and in folders of photos, with the network in `output_dir`.
 
     Where there is none, with the one included in docs/runs.  Prints a row per face and draws a
-    picture per photo into predictions/ there, or only prints a JSON object per face.  Returns
-    whether all photos could be read; one that cannot be read, or has no face, gets a line on
-    stderr.  Raises InputError without a network, OSError on a full disk, KeyboardInterrupt on
-    Ctrl-C, after the photo at hand.
+    picture per photo into predictions/ there, or only prints a JSON object per face.  A photo
+    without a face, and one that something is wrong with, gets a line on stderr.  Returns whether
+    nothing was wrong with any.  Raises InputError without a network, BrokenPipeError where nobody
+    reads the rows, and KeyboardInterrupt on Ctrl-C, after the photo at hand.
     """
     model, emotions = load_network(find_network(output_dir))
     detector = None
@@ -954,31 +1150,29 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
         detector = MTCNN()
     photos = find_photos(paths)
     pictures = Path(output_dir, "predictions")
-    if not as_json:
-        pictures.mkdir(parents=True, exist_ok=True)
-    all_read = True
+    faces_found = 0
+    all_well = True
     with delayed_interrupt() as pressed:
         for number, path in enumerate(photos, 1):
             if pressed.is_set():
                 raise KeyboardInterrupt(f"interrupted; photos done: {number - 1} of {len(photos)}")
+            heading = f"{number}/{len(photos)} {path}"
+            name = path.stem[:50]  # a file's name may have 255 bytes at most
+            picture = pictures / f"{number}_{name}.emotions.jpg"
             try:
-                photo = open_image(path)
+                faces = predict_photo(path, heading, detector, model, emotions, picture, as_json)
+                faces_found += len(faces)
+            except BrokenPipeError:
+                raise
             except InputError as error:
                 complain(f"error: {error}")
-                all_read = False
-                continue
-            faces = classify_photo(photo, detector, model, emotions)
-            if not faces:
-                complain(f"{path}: no face found; --no-detect classifies it whole")
-            elif as_json:
-                print_json(path, faces)
-            else:
-                print_faces(f"{number}/{len(photos)} {path}", faces)
-                picture = pictures / f"{number}_{path.stem}.emotions.jpg"
-                draw_photo(photo, faces).savefig(picture, dpi=100)
-    if not as_json:
-        print(f"\nPictures saved in {pictures}")
-    return all_read
+                all_well = False
+            except Exception as error:  # whatever is wrong with one photo, the others come next
+                complain(f"error: {path}: {type(error).__name__}: {error}")
+                all_well = False
+    if faces_found and not as_json:
+        print(f"\nPictures saved in {pictures}", flush=True)
+    return all_well
 
 
 # --- Drawn faces ----------------------------------------------------------------------------------
@@ -1121,7 +1315,7 @@ def parse_command_line(arguments):
     training.add_argument("--resume", action="store_true",
                           help="go on with the interrupted run in --output-dir")
     prediction = parser.add_argument_group("prediction with the trained network")
-    prediction.add_argument("--predict", nargs="+", metavar="PHOTO",
+    prediction.add_argument("--predict", nargs="+", action="extend", metavar="PHOTO",
                             help="classify the faces in photos, or folders of photos")
     prediction.add_argument("--no-detect", action="store_true",
                             help="take every photo as one face: look for none")
@@ -1159,7 +1353,10 @@ def errors_in_one_line():
         yield
     except KeyboardInterrupt as interrupt:
         complain(str(interrupt) or "interrupted")
-        sys.exit(130)  # as shells do
+        sys.exit(130)
+    except BrokenPipeError:  # what read the output has ended: `head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes there at its end
+        sys.exit(141)  # as shells do
     except (InputError, OSError) as error:
         complain(f"error: {error}")
         sys.exit(2)
@@ -1211,6 +1408,9 @@ def telling_what_is_kept(run_dir):
     except KeyboardInterrupt:
         print()  # ends the line of the progress bar
         raise KeyboardInterrupt(f"interrupted; {kept_epochs(run_dir)}") from None
+    except BrokenPipeError:
+        complain(f"error: nobody reads the output any more; {kept_epochs(run_dir)}")
+        raise
     except OSError as error:
         raise InputError(f"{error.filename or run_dir} cannot be read or written: "
                          f"{error.strerror}; mend that, or name another --output-dir; "
@@ -1267,18 +1467,19 @@ def finish_run(run_dir, output_dir):
     for picture in output_dir.glob("predictions/*.emotions.jpg"):
         picture.unlink()  # it was drawn with the network before
     (run_dir / CHECKPOINT).unlink()  # last: without it, there is nothing to resume
-    print(f"\nSaved in {output_dir}: {', '.join(RESULTS)}")
+    print(f"\nSaved in {output_dir}: {', '.join(RESULTS)}", flush=True)
 
 
 if __name__ == "__main__":
     started = time.perf_counter()
-    sys.stdout.reconfigure(errors="backslashreplace")  # for characters that a terminal lacks
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that a terminal lacks
     with errors_in_one_line():
         options, settings = parse_command_line(sys.argv[1:])
         if options.predict:
-            all_read = predict_emotions(options.predict, options.output_dir,
+            all_well = predict_emotions(options.predict, options.output_dir,
                                         detect=not options.no_detect, as_json=options.json)
-            sys.exit(0 if all_read else 2)
+            sys.exit(0 if all_well else 2)
 
         output_dir = Path(options.output_dir)
         run_dir = output_dir / "unfinished"

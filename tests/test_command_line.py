@@ -23,12 +23,33 @@ BAD_INPUTS = {
     "nothing to hold out": ([], lambda data: [
         file.rename(file.with_name("x.png")) if "_0" in file.name else file.unlink()
         for file in data.glob("*/*/*.png")], ["data/train", "too few"]),
+    "dataset one level deeper": ([], lambda data: [
+        (data / "fer2013").mkdir(),
+        *[(data / part).rename(data / "fer2013" / part) for part in ("train", "test")]],
+        ["data/train", "lies deeper, in data/fer2013", "--data-dir"]),
+    "part of a dataset": (["--data-dir", "data/train"], None,
+                          ["data/train/train", "the folder above, data,"]),
+    "archive in the folder": ([], lambda data: [
+        shutil.rmtree(data / "train"), (data / "archive.zip").write_text("x")],
+        ["data/train", "unpack data/archive.zip"]),
+    "archive itself": (["--data-dir", "data/archive.zip"],
+                       lambda data: (data / "archive.zip").write_text("x"),
+                       ["data/archive.zip is a file", "unpack it"]),
+    "table of pixels": ([], lambda data: [
+        shutil.rmtree(data / "train"), (data / "fer2013.csv").write_text("emotion,pixels,Usage")],
+        ["data/fer2013.csv", "https://www.kaggle.com/datasets/msambare/fer2013"]),
+    "parts of other names": ([], lambda data: [
+        (data / "train").rename(data / "Training"), (data / "test").rename(data / "PrivateTest"),
+        (data / "PublicTest").mkdir()],
+        ["data/train is missing", "rename Training/ to train/ and PrivateTest/ to test/"]),
+    "one part of another name": ([], lambda data: (data / "test").rename(data / "validation"),
+                                 ["data/test is missing", "rename validation/ to test/"]),
     "no train": ([], lambda data: shutil.rmtree(data / "train"), ["data/train", "--data-dir"]),
     "no test": ([], lambda data: shutil.rmtree(data / "test"), ["data/test", "--data-dir"]),
     "emotion missing": ([], lambda data: shutil.rmtree(data / "test/fear"),
                         ["data/test/fear", "missing"]),
     "emotion empty": ([], lambda data: [file.unlink() for file in data.glob("train/sad/*")],
-                      ["data/train/sad", "no images"]),
+                      ["data/train/sad", "holds no images", ".jpg"]),
     "emotion too many": ([], lambda data: (data / "train/contempt").mkdir(),
                          ["data/test/contempt", "missing", "the same folders"]),
     "one emotion": ([], lambda data: [shutil.rmtree(folder) for folder in data.glob("*/[!a]*")],
@@ -39,8 +60,8 @@ BAD_INPUTS = {
                       ["data/test/happy/x.jpg", "no image"]),
     "image cut short": ([], lambda data: (data / "test/sad/PublicTest_0.png").write_bytes(
         (data / "test/sad/PublicTest_0.png").read_bytes()[:700]), ["PublicTest_0.png", "damaged"]),
-    "folder named as an image": ([], lambda data: (data / "test/sad/x.jpg").mkdir(),
-                                 ["data/test/sad/x.jpg", "no image"]),
+    "image that nobody may read": ([], lambda data: (data / "test/sad/x.jpg").symlink_to("x.jpg"),
+                                   ["data/test/sad/x.jpg", "replace it"]),
     "decompression bomb": ([], lambda data: Image.new("1", (20000, 20000)).save(
         data / "train/fear/bomb.png"), ["data/train/fear/bomb.png", "too large"]),
     "predict nothing": (["--predict"], None, ["--predict"]),
@@ -109,8 +130,8 @@ def test_a_folder_of_the_users_own_is_never_deleted(tmp_path, run_here):
 def test_what_the_import_logs_comes_out_where_it_fails(tmp_path, end, comes_out):
     """TensorFlow's last word may be why the process was aborted: a processor without AVX, say."""
     (tmp_path / "tensorflow.py").write_text(f"import os\nos.write(2, b'last word\\n')\n{end}\n")
-    (tmp_path / "keras.py").write_text("import tensorflow")
-    code = SCRIPT.read_text().partition("    from keras import layers")[0] + "    pass\n"
+    code = SCRIPT.read_text().partition("\n\n\nopen_closed_streams()\n")[0]
+    code += "\nwith hidden_log():\n    import tensorflow\n"
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                              text=True, timeout=60)
     assert ("last word" in process.stderr) == comes_out

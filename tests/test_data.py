@@ -1,6 +1,7 @@
 """The data: split, augmentation, unusual images, where the dataset is found, drawn faces."""
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -120,7 +121,8 @@ def test_clean_leaves_out_the_test_images_that_stand_in_train(tmp_path, capsys):
     assert "1 of the test images also stand in train/" in capsys.readouterr().out
 
 
-def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_passed_over(tmp_path):
+def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_passed_over(
+        tmp_path, capsys):
     make_dataset(tmp_path, 1, 1, 1, lambda *_: flat(90))
     Image.new("RGB", (100, 60), (90, 90, 90)).save(tmp_path / "train/fear/Training_0.png")
     Image.new("L", (96, 96), 90).save(tmp_path / "train/sad/Training_0.png")
@@ -133,6 +135,49 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_passed_ov
     assert [path.name for path in paths] == ["Training_0.png", "photo.GIF"] + ["Training_0.png"] * 6
     assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
     assert (np.delete(images, 1, axis=0) == 90).all()
+    happy = tmp_path / "train/happy"
+    assert capsys.readouterr().err == (
+        f"passed over, no images by their endings: {happy}/Thumbs.db, {happy}/notes.txt\n")
+
+
+def test_images_are_read_however_deep_they_lie(tmp_path, capsys):
+    """As Keras's flow_from_directory does: one folder for each person, say; linked ones too."""
+    make_dataset(tmp_path, 3, 1, 1, lambda *_: flat(90))
+    person = tmp_path / "train/sad/person.jpg"  # a folder, in spite of its name
+    person.mkdir()
+    (tmp_path / "train/sad/Training_0.png").rename(person / "0.png")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "train/sad/Training_1.png").rename(tmp_path / "elsewhere/1.png")
+    (tmp_path / "train/sad/linked").symlink_to(tmp_path / "elsewhere")
+    training = script.load_data(tmp_path).training
+    assert np.bincount(training.labels).tolist() == [3] * 7
+
+
+def test_emotions_are_the_folders_of_the_dataset(tmp_path, run_here):
+    """Three emotions, trained and evaluated; the network tells them by their own names."""
+    emotions = ["bored", "contempt", "tired & sleepy"]
+    make_dataset(tmp_path / "data", 4, 2, 2)
+    for old, new in zip(EMOTIONS, emotions):
+        for part in "train", "test":
+            (tmp_path / "data" / part / old).rename(tmp_path / "data" / part / new)
+    for emotion in EMOTIONS[3:]:
+        for part in "train", "test":
+            shutil.rmtree(tmp_path / "data" / part / emotion)
+    process = run_here("--epochs", 1, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "\n3 emotions: bored, contempt, tired & sleepy\n" in process.stdout
+    test = json.loads((tmp_path / "output/metrics.json").read_text())["test"]
+    assert list(test["emotions"]) == emotions and np.shape(test["confusion_matrix"]) == (3, 3)
+    for emotion in emotions:
+        assert f"\n  {emotion} " in process.stdout  # a row of the table
+    flat(90).save(tmp_path / "face.png")
+    process = run_here("--predict", "face.png", "--json", cwd=tmp_path)
+    assert list(json.loads(process.stdout)["probabilities"]) == emotions
+
+
+def test_of_fer2013_no_line_names_the_emotions(small_dataset, capsys):
+    script.load_data(small_dataset)
+    assert "emotions" not in capsys.readouterr().out
 
 
 def encode(image, kind, **options):
@@ -151,12 +196,14 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
     hidden.save(tmp_path / "hidden.png")
     half = script.face_pixels(script.open_image(tmp_path / "hidden.png"))
     assert (half[:, :24] == 90).all() and (half[:, 24:] == 255).all()
+    malformed = {"exif": b"Exif\0\0no TIFF header"}
     animation = {"save_all": True, "append_images": [Image.new("L", (48, 48), 200)]}
     for name, contents in {
             "CMYK.jpg": encode(grey.convert("CMYK"), "JPEG", quality=100),
             "16 bits.png": encode(deep, "PNG"), "16 bits.tif": encode(deep, "TIFF"),
             "16 bits of a scanner.tif": encode(big_endian, "TIFF"),
             "transparency.png": encode(grey.convert("LA"), "PNG"),
+            "malformed Exif.png": encode(grey, "PNG", **malformed),
             "the first frame of an animation.gif": encode(grey, "GIF", **animation)}.items():
         (tmp_path / name).write_bytes(contents)
         pixels = script.face_pixels(script.open_image(tmp_path / name))
@@ -166,8 +213,8 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
         (tmp_path / "train/sad" / name).write_bytes(contents)
     training = script.load_data(tmp_path, 2, 0).training
     output, errors = capfd.readouterr()
-    assert "13 training, 7 validation and 7 test images" in output and errors == ""
-    assert len(training.labels) == 13
+    assert "14 training, 7 validation and 7 test images" in output and errors == ""
+    assert len(training.labels) == 14
 
 
 def test_photos_of_200_megapixels_are_read_and_larger_ones_named(tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 
 import keras
@@ -100,9 +101,10 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
         assert row.startswith(f"{face}{surest} {shares[surest]}%  (")
     assert last == "Pictures saved in output/predictions"
     errors = process.stderr.splitlines()
-    assert len(errors) == 3
-    assert errors[0].startswith("error: cut.png ") and errors[2].startswith("error: gone.png ")
-    assert errors[1].startswith("wall.png: no face") and "--no-detect" in errors[1]
+    assert errors[0] == "passed over, no photos by their endings: album/list.txt"
+    assert errors[1].startswith("error: cut.png is empty, damaged or no image")
+    assert errors[2].startswith("wall.png: no face") and "--no-detect" in errors[2]
+    assert errors[3:] == ["error: gone.png is missing"]
     pictures = sorted((tmp_path / "output/predictions").iterdir())
     assert [file.name for file in pictures] == ["2_pair.emotions.jpg", "3_pair.emotions.jpg"]
     assert all(min(Image.open(file).size) >= 480 for file in pictures)
@@ -184,12 +186,12 @@ def test_a_face_beyond_the_edge_of_the_photo_repeats_the_edge():
     assert (shifted[:-1, :2] == pixels[1:, :1]).all() and (shifted[-1, 2:] == pixels[-1, :-2]).all()
 
 
-def test_picture_frames_the_faces_and_shows_what_they_were_taken_for():
+def test_picture_frames_the_faces_and_shows_what_they_were_taken_for(tmp_path):
     shares = np.array([[0.5, 0, 0.3, 0, 0.2, 0, 0], [0, 0, 0, 1.0, 0, 0, 0]])
     boxes = [(0, 0, 80, 80), (280, 40, 340, 100)]  # one in the corner, one beyond the edge
     faces = [script.Face(box, EMOTIONS[row.argmax()], row.max(), dict(zip(EMOTIONS, row)))
              for box, row in zip(boxes, shares)]
-    figure = script.draw_photo(Image.new("L", (300, 400), "white"), faces)
+    figure = script.draw_photo(Image.new("L", (300, 400), "white"), faces, tmp_path / "x.jpg")
     scene, table = figure.axes
     for frame, (left, top, right, bottom) in zip(scene.lines, boxes, strict=True):
         assert set(map(tuple, frame.get_xydata())) == {
@@ -203,9 +205,23 @@ def test_picture_frames_the_faces_and_shows_what_they_were_taken_for():
     assert [tick.get_text() for tick in table.get_xticklabels()] == EMOTIONS
 
 
-def test_picture_of_a_photo_that_is_all_face_has_no_frame():
+def test_labels_of_neighbouring_faces_are_their_numbers(tmp_path):
+    """Those of faces far apart tell the emotions too; in both pictures no two overlap."""
+    for step, expected in (45, [str(number) for number in range(1, 6)]), (170, [
+            f"{number} surprise" for number in range(1, 6)]):
+        faces = [script.Face((left, 50, left + 40, 90), "surprise", 1.0,
+                             dict(zip(EMOTIONS, np.eye(7)[6])))
+                 for left in range(0, 5 * step, step)]
+        figure = script.draw_photo(Image.new("L", (900, 400)), faces, tmp_path / "x.jpg")
+        labels = figure.axes[0].texts
+        assert [label.get_text() for label in labels] == expected
+        places = [label.get_bbox_patch().get_window_extent() for label in labels]
+        assert not any(one.overlaps(other) for one, other in zip(places, places[1:]))
+
+
+def test_picture_of_a_photo_that_is_all_face_has_no_frame(tmp_path):
     face = script.Face((0, 0, 100, 100), "angry", 1.0, dict(zip(EMOTIONS, np.eye(7)[0])))
-    figure = script.draw_photo(Image.new("L", (100, 100)), [face])
+    figure = script.draw_photo(Image.new("L", (100, 100)), [face], tmp_path / "x.jpg")
     assert not figure.axes[0].lines and not figure.axes[0].texts
 
 
@@ -229,6 +245,83 @@ def test_pictures_never_overwrite_a_photo(trained, capsys):
     assert script.predict_emotions([photo], trained) and photo.read_bytes() == before
     assert (photo.parent / "1_face.emotions.jpg").exists()
     assert str(photo.parent) in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_folder_is_searched_for_all_that_pillow_opens_and_nothing_is_dropped_silently(
+        trained, tmp_path, capsys):
+    face = script.draw_face("sad", np.random.default_rng(0))
+    album = tmp_path / "album"
+    album.mkdir()
+    for ending in "jpg", "JPEG", "jfif", "ppm", "tga", "ico", "webp":
+        face.save(album / f"face.{ending}")
+    for no_photo in "clip.mp4", "face.heic", "notes.txt":
+        (album / no_photo).write_text("no photo")
+    (album / ".hidden").mkdir()
+    face.save(album / ".hidden/face.png")
+    (tmp_path / "elsewhere").mkdir()
+    face.save(tmp_path / "elsewhere/linked.png")
+    (album / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(album)  # in a circle
+    all_well, faces, errors = predict(str(album), trained, capsys, detect=False)
+    assert all_well and len(faces) == 8
+    assert {Path(face["file"]).name for face in faces} == {
+        "face.jpg", "face.JPEG", "face.jfif", "face.ppm", "face.tga", "face.ico", "face.webp",
+        "linked.png"}
+    assert errors == ("passed over, no photos by their endings: "
+                      f"{album}/clip.mp4, {album}/face.heic, {album}/notes.txt\n")
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text("no photo")
+    _, _, errors = predict([tmp_path], trained, capsys, detect=False)
+    assert errors.count(".txt") == 10 and errors.endswith(" and 13 more\n")
+
+
+def test_a_folder_without_photos_is_told_so(trained, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    script.draw_face("sad", np.random.default_rng(0)).save(tmp_path / "face.png")
+    paths = tmp_path / "empty", tmp_path / "face.png"
+    all_well, faces, errors = predict(paths, trained, capsys, detect=False)
+    assert not all_well and len(faces) == 1
+    assert errors == (f"error: {tmp_path}/empty holds no images that Pillow opens, such as .jpg "
+                      "or .png\n")
+    assert script.predict_emotions([tmp_path / "empty"], trained, detect=False) is False
+    assert "Pictures saved" not in capsys.readouterr().out
+
+
+def test_whatever_is_wrong_with_one_photo_the_others_come_next(
+        trained, tmp_path, monkeypatch, capsys):
+    """A picture that cannot be saved, a name as long as can be, a fault that nobody foresaw."""
+    face = script.draw_face("sad", np.random.default_rng(0))
+    for name in "1.png", "2.png", "n" * 240 + ".png":
+        face.save(tmp_path / name)
+    (trained / "predictions/1_1.emotions.jpg").mkdir(parents=True)  # in the way of the picture
+    assert not script.predict_emotions([tmp_path], trained, detect=False)
+    rows, errors = capsys.readouterr()
+    assert rows.count("face 1:") == 3 and errors.count("\n") == 1
+    assert errors.startswith(f"error: {tmp_path}/1.png: IsADirectoryError")
+    pictures = sorted(path.name for path in (trained / "predictions").glob("[23]*"))
+    assert pictures == ["2_2.emotions.jpg", "3_" + "n" * 50 + ".emotions.jpg"]
+
+    def fail_at_first(photo, detector, model, emotions):
+        monkeypatch.undo()
+        raise ZeroDivisionError("nobody knows why")
+
+    monkeypatch.setattr(script, "classify_photo", fail_at_first)
+    all_well, faces, errors = predict([tmp_path], trained, capsys, detect=False)
+    assert not all_well and [face["file"][-5:] for face in faces] == ["2.png", "n.png"]
+    assert errors == f"error: {tmp_path}/1.png: ZeroDivisionError: nobody knows why\n"
+
+
+def test_pictures_of_the_script_are_not_taken_for_photos(demo, tmp_path, monkeypatch, capsys):
+    """Predicting a folder again and again, with the output in it, gives the same faces."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(demo[0] / "output", "output")
+    script.draw_face("sad", np.random.default_rng(0)).save("loss.png")  # a photo of that name
+    for _ in range(3):
+        assert script.predict_emotions(["."], detect=False)
+        rows, errors = capsys.readouterr()
+        assert rows.startswith("1/1 loss.png, face 1: ")
+    assert errors.startswith("passed over, drawn by this script: output/accuracy.png, ")
+    assert "output/predictions/1_loss.emotions.jpg" in errors
 
 
 def test_json_draws_nothing(trained, tmp_path, capsys):
@@ -261,7 +354,7 @@ def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
     shipped.write_bytes(b"not a network")
     with pytest.raises(script.InputError) as raised:
         script.predict_emotions([face])
-    assert str(raised.value).startswith(f"{shipped} is missing, damaged or")
+    assert str(raised.value).startswith(f"{shipped} is damaged or of another version of Keras")
     shutil.copy(trained / script.NETWORK, "output")
     assert predict([face], "output", capsys, detect=False) == (True, [found], "")
 
@@ -304,9 +397,22 @@ def network_of_other_emotions(path):
     script.save_network(script.create_CNN(7), EMOTIONS[1:], path)
 
 
+def network_of_another_keras(path):
+    """Save a network whose layers take an argument that they have not here."""
+    script.save_network(script.create_CNN(7), EMOTIONS, path)
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    members["metadata.json"] = b'{"keras_version": "9.9"}'
+    members["config.json"] = members["config.json"].replace(b'"input_axes"', b'"no_such_argument"')
+    with zipfile.ZipFile(path, "w") as file:
+        for name, contents in members.items():
+            file.writestr(name, contents)
+
+
 @pytest.mark.parametrize("damage, words", [
     (None, ["missing", "train one", "--output-dir"]),
-    (lambda path: path.write_bytes(b"not a network"), ["damaged"]),
+    (lambda path: path.write_bytes(b"not a network"), ["damaged", "not a zip file"]),
+    (network_of_another_keras, ["by Keras 9.9", "than " + keras.__version__, "no_such_argument"]),
     (foreign_model, ["no network of this script"]),
     (network_without_names, ["no network of this script, or of an earlier version"]),
     (network_of_other_emotions, ["no network of this script"])])
