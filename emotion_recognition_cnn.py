@@ -108,7 +108,9 @@ try:
         import tensorflow as tf
         from filelock import FileLock, Timeout
         from keras import layers
+        from matplotlib.colors import LinearSegmentedColormap
         from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
         from PIL import Image, ImageDraw, ImageOps
         from tensorflow.keras.preprocessing.image import ImageDataGenerator
         Image.init()  # imports what Pillow has for each kind of file
@@ -137,11 +139,14 @@ AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_rang
 
 NETWORK = "emotion_recognition_cnn.keras"
 CHECKPOINT = "checkpoint.npz"
-RESULTS = ("accuracy.png", "confusion_matrix.png", NETWORK, "examples.png", "history.csv",
-           "loss.png", "metrics.json")
+RESULTS = ("accuracy.png", "confusion_matrix.png", NETWORK, "examples.png", "filters.png",
+           "history.csv", "loss.png", "metrics.json")
 
 # From the palette of Okabe and Ito: colour-blind readers can tell these apart.
 BLUE, VERMILION, SKY_BLUE = "#0072B2", "#D55E00", "#56B4E9"
+BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes that show an image, and no scale
+# From transparent to opaque: what speaks for an emotion, over the face.
+HEAT = LinearSegmentedColormap.from_list("heat", [VERMILION + "00", VERMILION + "D0"])
 # Matplotlib's own style, not the user's, and in it:
 PLOT_STYLE = ["default", {"font.size": 15, "figure.dpi": 150, "savefig.dpi": 150,
                           "lines.linewidth": 2.5}]
@@ -745,30 +750,37 @@ def train_model(model, training, validation, epochs=Settings.epochs,
 
 # --- Evaluation -----------------------------------------------------------------------------------
 def views_of(images):
-    """Return 18 views of images (n x 48 x 48 x 1): a list of arrays of that shape, float32.
+    """Return 18 views of images (n x 48 x 48 x 1, float32): a list of tensors of that shape.
 
     Three sizes at three heights, two pixels apart, and all of them mirrored.
     """
-    wide = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), "edge").astype("float32")  # 56 x 56
+    rows = np.arange(-4, SIZE + 4).clip(0, SIZE - 1)  # the outermost ones four times more
+    wide = keras.ops.take(keras.ops.take(images, rows, axis=1), rows, axis=2)  # 56 x 56
     views = []
     for size in (44, 48, 52):  # of the part that is seen: the face looks larger, as it is, smaller
         margin = (56 - size) // 2
         for shift in (-2, 0, 2):  # the face looks lower, as it is, higher
             top = margin + shift
             view = wide[:, top:top + size, margin:margin + size]
-            views.append(np.asarray(keras.ops.image.resize(view, (SIZE, SIZE))))
+            views.append(keras.ops.image.resize(view, (SIZE, SIZE)))
     mirrored = [view[:, :, ::-1] for view in views]
     return views + mirrored
+
+
+@tf.function(reduce_retracing=True)  # half the time for one face that it takes layer by layer
+def average_views(model, images):
+    """Return the probabilities (n x classes) of images: the mean over their views."""
+    views = views_of(images)
+    probabilities = model(keras.ops.concatenate(views))
+    return keras.ops.mean(keras.ops.split(probabilities, len(views)), axis=0)
 
 
 def classify_faces(model, images):
     """Return the probabilities (n x classes) of images (n x 48 x 48 x 1): the mean over views."""
     probabilities = []
     for first in range(0, len(images), 32):
-        views = views_of(images[first:first + 32])
-        # A call of the model, as each call of predict would take 0.2 s longer.
-        of_views = np.split(np.asarray(model(np.concatenate(views))), len(views))
-        probabilities.append(np.mean(of_views, axis=0))
+        batch = images[first:first + 32].astype("float32")
+        probabilities.append(np.asarray(average_views(model, batch)))
     return np.concatenate(probabilities)
 
 
@@ -918,9 +930,8 @@ def plot_examples(test, probabilities, emotions, output_dir):
     left_half, right_half = figure.subfigures(1, 2)
     left_half.suptitle("Surest and right", color=BLUE)
     right_half.suptitle("Surest and wrong: taken for", color=VERMILION)
-    bare = {"xticks": [], "yticks": [], "frame_on": False}
     for half, correct in (left_half, True), (right_half, False):
-        grid = half.subplots(len(emotions), 3, subplot_kw=bare)
+        grid = half.subplots(len(emotions), 3, subplot_kw=BARE)
         for label, axes_of_row in enumerate(grid):
             shown = [i for i in surest_first
                      if test.labels[i] == label and (predicted[i] == label) == correct]
@@ -930,6 +941,111 @@ def plot_examples(test, probabilities, emotions, output_dir):
             if correct:
                 axes_of_row[0].set_ylabel(emotions[label])
     figure.savefig(Path(output_dir, "examples.png"))
+
+
+def kind_of_filter(weights):
+    """Return the kind of a filter (5 x 5), "gradient", "edge" or "spot", and its angle in degrees.
+
+    A gradient grows to one side: a plane explains a quarter of its squares, three times as much as
+    of random numbers.  An edge, or a line, changes along one direction above all: the coherence of
+    its structure tensor, Bigun and Granlund (1987), is above 0.3.
+    """
+    y, x = np.mgrid[-2:3, -2:3]
+    slope = (weights * (x + 1j * y)).sum()
+    if abs(slope)**2 / (x**2).sum() > 0.25 * (weights**2).sum():
+        return "gradient", np.angle(slope, deg=True)
+    down, right = np.gradient(np.pad(weights, 1))
+    coherence = ((right + 1j * down)**2).sum() / (right**2 + down**2).sum()
+    if abs(coherence) > 0.3:
+        return "edge", np.angle(coherence, deg=True) / 2
+    return "spot", 0.0
+
+
+def draw_row(axes, images, titles, columns, **options):
+    """Draw square images side by side, in so many columns, each below its title.
+
+    One axes for all, as each takes its time.  Returns where the images begin.  `options` are
+    further arguments of imshow.
+    """
+    width = len(images[0])
+    lefts = [1.15 * width * i for i in range(columns)]
+    for image, title, left in zip(images, titles, lefts):
+        axes.imshow(image, extent=(left, left + width, width, 0), **options)
+        axes.text(left + width / 2, 0, title, size=10, ha="center", va="bottom")
+    axes.set(xlim=(0, lefts[-1] + width), ylim=(width, 0))
+    return lefts
+
+
+def draw_first_filters(figure, kernels):
+    """Draw the filters of the first convolution (n x 5 x 5) by kind, and then by direction."""
+    by_kind = sorted((*kind_of_filter(kernel), number) for number, kernel in enumerate(kernels))
+    columns = 11
+    rows = figure.subplots(math.ceil(len(kernels) / columns), subplot_kw=BARE)
+    for row, axes in enumerate(rows):
+        shown = by_kind[row * columns:(row + 1) * columns]
+        images = [kernels[number] / np.abs(kernels[number]).max() for _, _, number in shown]
+        titles = [kind for kind, _, _ in shown]
+        draw_row(axes, images, titles, columns, cmap="RdBu_r", vmin=-1, vmax=1)
+    scale = figure.colorbar(axes.images[0], ax=rows, shrink=0.8, ticks=(-1, 0, 1))
+    scale.set_label("weight, as part\nof the largest", size=11)
+    figure.suptitle("Filters of the first convolution", size=13)
+
+
+def strongest_places(model, images):
+    """Return how much images (n x 48 x 48 x 1) excite the filters of the second convolution, where.
+
+    Returns two arrays, n x filters: the maximum over all places in an image, before pooling, and
+    its place: row * 14 + column.
+    """
+    _, second = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
+    convolution = keras.Model(model.inputs, second.output)
+    maxima, places = [], []
+    for first in range(0, len(images), 128):
+        maps = convolution.predict_on_batch(images[first:first + 128])  # n x 14 x 14 x filters
+        maps = maps.reshape(len(maps), -1, maps.shape[-1])
+        maxima.append(maps.max(axis=1))
+        places.append(maps.argmax(axis=1))
+    return np.concatenate(maxima), np.concatenate(places)
+
+
+def draw_second_filters(figure, model, test, emotions):
+    """Draw a row for each emotion: a filter of the second convolution, and what excites it most.
+
+    It is the filter that tells the images of the emotion best from the others.  Framed are the 14 x
+    14 pixels that it sees.  The row of an emotion without an image is left out.
+    """
+    maxima, places = strongest_places(model, test.images)
+    present = np.unique(test.labels)
+    rows = figure.subplots(len(present), subplot_kw=BARE, squeeze=False)[:, 0]
+    for axes, label in zip(rows, present):
+        lead = maxima[test.labels == label].mean(axis=0) - maxima.mean(axis=0)
+        best = np.argmax(lead / (maxima.std(axis=0) + 1e-7))
+        axes.set_ylabel(f"{emotions[label]}\nfilter {best}", size=11)
+        strongest = np.argsort(-maxima[:, best], kind="stable")[:7]
+        titles = [emotions[test.labels[i]] for i in strongest]
+        lefts = draw_row(axes, test.images[strongest], titles, 7, cmap="gray", vmin=0, vmax=255)
+        for i, left in zip(strongest, lefts):
+            row, column = divmod(places[i, best], 14)
+            corner = (left + 3 * column - 2, 3 * row - 2)  # the first convolution reaches 2 beyond
+            axes.add_patch(Rectangle(corner, 14, 14, fill=False, color=SKY_BLUE, linewidth=2))
+    figure.suptitle("What excites filters of the second convolution most: for each emotion the\n"
+                    "filter that tells it best, and above each image its own label", size=13)
+
+
+@matplotlib.style.context(PLOT_STYLE)
+def plot_filters(model, test, emotions, output_dir):
+    """Write filters.png: what the network of `create_CNN` has learned to look for.
+
+    Takes the test data and the emotions of `load_data`.
+    """
+    first, _ = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
+    kernels = np.asarray(first.kernel)[:, :, 0].transpose(2, 0, 1)
+    height_below = 0.6 + 1.45 * len(np.unique(test.labels))  # inches
+    figure = Figure(figsize=(10, 3.6 + height_below), layout="constrained")
+    above, below = figure.subfigures(2, height_ratios=(3.6, height_below))
+    draw_first_filters(above, kernels)
+    draw_second_filters(below, model, test, emotions)
+    figure.savefig(Path(output_dir, "filters.png"))
 
 
 # --- Prediction -----------------------------------------------------------------------------------
@@ -1053,17 +1169,40 @@ def cut_out(photo, box):
 
 
 def classify_photo(photo, detector, model, emotions):
-    """Return the faces in a photo (PIL image), from left to right."""
+    """Return the faces in a photo (PIL image), from left to right, and what was classified.
+
+    That is the faces as the network sees them: uint8, n x 48 x 48 x 1.
+    """
     boxes = find_faces(photo, detector)
     if not boxes:
-        return []
-    crops = np.stack([face_pixels(cut_out(photo, box)) for box in boxes])
+        return [], np.empty((0, SIZE, SIZE, 1), "uint8")
+    crops = np.stack([face_pixels(cut_out(photo, box)) for box in boxes])[..., np.newaxis]
     faces = []
-    for box, shares in zip(boxes, classify_faces(model, crops[..., np.newaxis])):
+    for box, shares in zip(boxes, classify_faces(model, crops)):
         probabilities = dict(zip(emotions, shares.tolist()))
         surest = max(probabilities, key=probabilities.get)
         faces.append(Face(box, surest, probabilities[surest], probabilities))
-    return faces
+    return faces, crops
+
+
+def occlusion_map(model, face, label):
+    """Return how much the parts of a face speak for an emotion (48 x 48).
+
+    Takes the face as the network sees it (uint8, 48 x 48 x 1) and the index of the emotion.  A
+    square of the face's mean grey, 8 pixels wide, covers it in 121 places.  The value of a pixel is
+    by how much the emotion's probability falls, on average over the squares that cover the pixel.
+    Zeiler and Fergus (2014), arXiv:1311.2901; tests/measure/heat_maps.py compares it with Grad-CAM.
+    """
+    corners = [(top, left) for top in range(0, SIZE - 7, 4) for left in range(0, SIZE - 7, 4)]
+    covered = np.repeat(face[np.newaxis].astype("float32"), len(corners) + 1, axis=0)
+    for image, (top, left) in zip(covered, corners):  # and the last one stays as it is
+        image[top:top + 8, left:left + 8] = face.mean()
+    *of_covered, of_face = model.predict_on_batch(covered)[:, label]
+    falls, squares = np.zeros((SIZE, SIZE)), np.zeros((SIZE, SIZE))
+    for probability, (top, left) in zip(of_covered, corners):
+        falls[top:top + 8, left:left + 8] += of_face - probability
+        squares[top:top + 8, left:left + 8] += 1
+    return falls / squares
 
 
 def print_json(path, faces):
@@ -1089,28 +1228,52 @@ def shorten_overlapping(labels, figure):
             label.set_text(label.get_text().split()[0])
 
 
-@matplotlib.style.context(PLOT_STYLE)
-def draw_photo(photo, faces, path):
-    """Write a picture of a photo (PIL), the boxes of its faces and their probabilities."""
-    names = [f"{number} {face.emotion}" for number, face in enumerate(faces, 1)]
-    shares = np.array([list(face.probabilities.values()) for face in faces])
-    photo_height = np.clip(8 * photo.height / photo.width, 3, 10)  # inches
-    table_height = 1.5 + 0.4 * len(faces)
-    figure = Figure(figsize=(8, photo_height + table_height), dpi=100, layout="constrained")
-    scene, table = figure.subplots(2, height_ratios=(photo_height, table_height))
-    scene.imshow(photo.reduce(math.ceil(max(photo.size) / 1280)), cmap="gray", vmin=0, vmax=255,
-                 extent=(0, photo.width, photo.height, 0))
-    scene.set_axis_off()
-    scene.autoscale(False)
+def draw_scene(axes, photo, faces):
+    """Draw a photo with the boxes of its faces, and return their labels (matplotlib)."""
+    axes.imshow(photo.reduce(math.ceil(max(photo.size) / 1280)), cmap="gray", vmin=0, vmax=255,
+                extent=(0, photo.width, photo.height, 0))
+    axes.set_axis_off()
+    axes.autoscale(False)
     labels = []
-    for name, face in zip(names, faces):
+    for number, face in enumerate(faces, 1):
         if face.box == (0, 0, *photo.size):  # the photo is all face
             continue
         left, top, right, bottom = face.box
-        scene.plot((left, right, right, left, left), (top, top, bottom, bottom, top), SKY_BLUE)
-        labels.append(scene.text(max(left, 0), max(top, 0), name, size=11, va="bottom",
-                                 backgroundcolor=SKY_BLUE))
-    draw_shares(table, shares, names, list(faces[0].probabilities))
+        axes.plot((left, right, right, left, left), (top, top, bottom, bottom, top), SKY_BLUE)
+        labels.append(axes.text(max(left, 0), max(top, 0), f"{number} {face.emotion}", size=11,
+                                va="bottom", backgroundcolor=SKY_BLUE))
+    return labels
+
+
+@matplotlib.style.context(PLOT_STYLE)
+def draw_photo(photo, faces, crops, heat_maps, path):
+    """Write a picture of a photo (PIL image), and below it a row for each of its faces.
+
+    In a row are the face as the network sees it, the same with its heat map, and the probabilities.
+    Takes the faces and crops of `classify_photo` and the heat map of each (48 x 48).
+    """
+    photo_height = np.clip(8 * photo.height / photo.width, 3, 10)  # all lengths in inches
+    row_height = np.clip(4 / len(faces), 0.85, 1.3)
+    rows_height = row_height * len(faces) + 1.1  # with the emotions below
+    figure = Figure(figsize=(10, photo_height + rows_height), layout="constrained")
+    grid = figure.add_gridspec(1 + len(faces), 3, width_ratios=(row_height, row_height, 5.5),
+                               height_ratios=[photo_height] + [row_height] * len(faces))
+    labels = draw_scene(figure.add_subplot(grid[0, :]), photo, faces)
+    for number, (face, crop, heat_map) in enumerate(zip(faces, crops, heat_maps), 1):
+        seen = figure.add_subplot(grid[number, 0], **BARE)
+        marked = figure.add_subplot(grid[number, 1], **BARE)
+        seen.set_ylabel(f"{number} {face.emotion}", rotation=0, ha="right", va="center")
+        for axes in seen, marked:
+            axes.imshow(crop, cmap="gray", vmin=0, vmax=255)
+        strongest = max(heat_map.max(), 0.01)  # a fall by less than a hundredth is none
+        marked.imshow(heat_map, cmap=HEAT, vmin=0, vmax=strongest)
+        if number == 1:
+            seen.set_title("seen as", size=11)
+            marked.set_title("speaks for it", size=11)
+    table = figure.add_subplot(grid[1:, 2])
+    shares = np.array([list(face.probabilities.values()) for face in faces])
+    draw_shares(table, shares, [""] * len(faces), list(faces[0].probabilities))
+    table.set_yticks([])
     shorten_overlapping(labels, figure)
     figure.savefig(path, dpi=100)
     return figure
@@ -1122,7 +1285,7 @@ def predict_photo(path, heading, detector, model, emotions, picture, as_json):
     Prints a row for each, which starts with the heading, and draws `picture`; or prints JSON.
     """
     photo = open_image(path)
-    faces = classify_photo(photo, detector, model, emotions)
+    faces, crops = classify_photo(photo, detector, model, emotions)
     if not faces:
         complain(f"{path}: no face found; --no-detect classifies it whole")
     elif as_json:
@@ -1130,7 +1293,9 @@ def predict_photo(path, heading, detector, model, emotions, picture, as_json):
     else:
         print_faces(heading, faces)
         picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_photo(photo, faces, picture)
+        heat_maps = [occlusion_map(model, crop, emotions.index(face.emotion))
+                     for crop, face in zip(crops, faces)]
+        draw_photo(photo, faces, crops, heat_maps, picture)
     return faces
 
 
@@ -1509,6 +1674,7 @@ if __name__ == "__main__":
             scores, probabilities = evaluate_model(model, data.test, data.emotions)
             plot_performance(history, scores, run_dir)
             plot_examples(data.test, probabilities, data.emotions, run_dir)
+            plot_filters(model, data.test, data.emotions, run_dir)
             seconds = trained_before + time.perf_counter() - started
             save_results(run_dir, model, settings, data, history, scores, seconds)
             finish_run(run_dir, output_dir)
