@@ -120,6 +120,7 @@ except KeyboardInterrupt:  # the import takes seconds
     complain("interrupted")
     sys.exit(130)  # as shells do
 
+tf.get_logger().setLevel("ERROR")  # it warns when several networks are traced, one after another
 # What a user's own keras.json and environment may have changed.
 keras.config.set_image_data_format("channels_last")
 keras.config.set_floatx("float32")

@@ -23,8 +23,8 @@ import emotion_recognition_cnn as script  # noqa: E402  before Keras, whose sett
 import keras  # noqa: E402
 
 EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
-OUTPUTS = {"accuracy.png", "loss.png", "confusion_matrix.png", "examples.png", "history.csv",
-           "metrics.json", "emotion_recognition_cnn.keras"}
+OUTPUTS = {"accuracy.png", "loss.png", "confusion_matrix.png", "examples.png", "filters.png",
+           "history.csv", "metrics.json", "emotion_recognition_cnn.keras"}
 RUN = "--epochs", "3", "--batch-size", "16", "--output-dir", "output"
 
 

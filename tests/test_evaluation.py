@@ -9,6 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import EMOTIONS, OUTPUTS, script
 from PIL import Image
 from scipy import ndimage
@@ -27,6 +28,7 @@ class Oracle:
         self.images[:, :, :24] = 255
 
     def __call__(self, images):
+        images = np.asarray(images)
         for image in np.delete(images, np.s_[20:28], axis=2):  # other sizes blur the middle
             assert np.allclose(image.min(axis=0), image.max(axis=0), atol=0.01)
             assert image[0, :, 0].round().tolist() in ([255] * 20 + [0] * 20, [0] * 20 + [255] * 20)
@@ -38,13 +40,21 @@ class Oracle:
         return self(images)
 
 
+@pytest.fixture
+def in_python(monkeypatch):
+    """Let what stands in for a network be called anew each time, and not traced by TensorFlow."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
 def evaluate(oracle, labels, clean):
     """Evaluate an oracle on its images; return scores and probabilities."""
     test = script.LabelledImages(oracle.images, labels, clean)
     return script.evaluate_model(oracle, test, EMOTIONS)
 
 
-def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
+def test_evaluate_model_against_figures_worked_out_by_hand(in_python, capsys):
     labels = np.array([0, 0, 0, 0, 3, 3])  # four angry, two happy
     predictions = [0, 0, 0, 3, 3, 5]
     probabilities = np.full((6, 7), 0.05)
@@ -75,7 +85,7 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
         assert words in output
 
 
-def test_calibration_error_against_a_value_worked_out_by_hand():
+def test_calibration_error_against_a_value_worked_out_by_hand(in_python):
     """In the bin up to 14/15, 2 are right where 2.7 are expected; up to 6/15, 1 of 0.74."""
     probabilities = np.zeros((5, 7))
     probabilities[:3, :2] = 0.9, 0.1
@@ -85,7 +95,7 @@ def test_calibration_error_against_a_value_worked_out_by_hand():
     assert figures["calibration_error"] == pytest.approx((0.7 + 0.26) / 5)
 
 
-def test_views_are_the_image_in_three_sizes_and_at_three_heights_and_mirrored():
+def test_views_are_the_image_in_three_sizes_and_at_three_heights_and_mirrored(in_python):
     """90 images, which take more than one call of the network."""
     images = np.random.default_rng(0).integers(0, 256, (90, 48, 48, 1), "uint8")
     views = []
@@ -97,7 +107,7 @@ def test_views_are_the_image_in_three_sizes_and_at_three_heights_and_mirrored():
     calls = []
 
     def network(views):  # tells the views apart: the sum of its probabilities is of no matter
-        calls.append(views)
+        calls.append(np.asarray(views))
         return np.repeat(np.eye(18)[:, :7], len(views) // 18, axis=0)
 
     probabilities = script.classify_faces(network, images)
@@ -107,7 +117,7 @@ def test_views_are_the_image_in_three_sizes_and_at_three_heights_and_mirrored():
     assert len(calls) > 1 and np.allclose(probabilities, 1 / 18)
 
 
-def test_evaluate_model_averages_over_the_views():
+def test_evaluate_model_averages_over_the_views(in_python):
     """The first image alone is taken for disgust; with its mirror image, for angry."""
     single = np.array([[0.4, 0.6, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
     mirrored = np.array([[0.7, 0.3, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
@@ -118,7 +128,7 @@ def test_evaluate_model_averages_over_the_views():
     assert figures["loss"] == pytest.approx(-(np.log(0.55) + np.log(0.9)) / 2, rel=1e-5)
 
 
-def test_evaluate_model_where_every_test_image_stands_in_train():
+def test_evaluate_model_where_every_test_image_stands_in_train(in_python):
     oracle = Oracle(np.eye(7))
     figures, _ = evaluate(oracle, np.arange(7), np.zeros(7, bool))
     assert figures["accuracy"] == 1 and figures["loss"] == pytest.approx(0, abs=1e-5)
@@ -204,6 +214,74 @@ def test_examples_are_the_surest_of_each_emotion_right_and_wrong(tmp_path, figur
         "Surest and right", "Surest and wrong: taken for"]
     with Image.open(tmp_path / "examples.png") as picture:
         assert min(picture.size) >= 800 and len(set(picture.convert("L").tobytes())) > 10
+
+
+def test_kind_of_a_filter_is_what_it_responds_to():
+    """Of filters made for it, at each angle; the angle of an edge is that of its change."""
+    y, x = np.mgrid[-2:3, -2:3]
+    for angle in -170, -90, -20, 0, 45, 130:
+        along = x * np.cos(np.radians(angle)) + y * np.sin(np.radians(angle))
+        kind, found = script.kind_of_filter(along + 0.3)
+        assert kind == "gradient" and found == pytest.approx(angle)
+        kind, found = script.kind_of_filter(np.exp(-along**2) - 0.35)
+        assert kind == "edge" and abs((found - angle + 90) % 180 - 90) < 15
+    assert script.kind_of_filter(np.exp(-(x**2 + y**2)) - 0.12)[0] == "spot"
+    assert script.kind_of_filter(np.exp(-(x**2 + y**2)) * -1.0)[0] == "spot"
+
+
+def test_first_filters_are_drawn_in_the_order_of_their_kinds():
+    y, x = np.mgrid[-2:3, -2:3]
+    spot, gradient, edge = np.exp(-(x**2 + y**2)), x * 1.0, np.exp(-y**2.0) - 0.35
+    figure = script.Figure()
+    script.draw_first_filters(figure, np.stack([spot, 5 * gradient, edge] + [spot] * 9))
+    first_row, second_row, scale = figure.axes
+    assert [text.get_text() for text in first_row.texts] == ["edge", "gradient"] + ["spot"] * 9
+    assert [text.get_text() for text in second_row.texts] == ["spot"]
+    drawn = [image.get_array() for image in first_row.images]
+    assert np.allclose(drawn[0], edge / edge.max()) and np.allclose(drawn[1], gradient / 2)
+    assert scale.get_ylabel() and scale.get_ylim() == (-1, 1)
+
+
+def test_second_filters_are_shown_with_what_excites_them_most():
+    """One filter is made to look for a bright spot, which happy images have; none is surprised."""
+    model = script.create_CNN(7)
+    first, second = (layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D))
+    middle = np.zeros((5, 5, 1, 32), "float32")
+    middle[2, 2, 0, 0] = 1
+    first.set_weights([middle])
+    looks_for_spots = np.zeros((3, 3, 32, 384), "float32")
+    looks_for_spots[1, 1, 0, 99] = 1
+    second.set_weights([looks_for_spots])
+    rng = np.random.default_rng(0)
+    images = rng.integers(90, 110, (60, 48, 48, 1)).astype("uint8")
+    labels = np.arange(60) % 6
+    spots = {}
+    for i in np.flatnonzero(labels == 3):
+        spots[i] = rng.integers(8, 40, 2)
+        images[i, spots[i][0], spots[i][1]] = 255 - i
+    figure = script.Figure()
+    test = script.LabelledImages(images, labels, clean=None)
+    script.draw_second_filters(figure, model, test, EMOTIONS)
+    assert [axes.get_ylabel().split("\n")[0] for axes in figure.axes] == EMOTIONS[:6]
+    happy = figure.axes[3]
+    assert happy.get_ylabel() == "happy\nfilter 99"
+    assert [text.get_text() for text in happy.texts] == ["happy"] * 7
+    strongest = sorted(spots)[:7]  # the brightest ones
+    for image, frame, i in zip(happy.images, happy.patches, strongest, strict=True):
+        assert np.array_equal(image.get_array(), images[i, :, :, 0])
+        left_of_image = image.get_extent()[0]
+        row, column = spots[i]
+        left, top = frame.get_x() - left_of_image, frame.get_y()
+        assert left <= column < left + 14 and top <= row < top + 14
+        assert (frame.get_width(), frame.get_height()) == (14, 14)
+
+
+def test_filters_are_drawn_for_every_network_and_few_images(tmp_path):
+    """Two emotions, one of them without an image; the page is not blank."""
+    test = script.LabelledImages(np.zeros((1, 48, 48, 1), "uint8"), np.array([1]), clean=None)
+    script.plot_filters(script.create_CNN(2), test, ["a", "b"], str(tmp_path))
+    with Image.open(tmp_path / "filters.png") as picture:
+        assert min(picture.size) >= 700 and len(set(picture.convert("L").tobytes())) > 50
 
 
 def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):

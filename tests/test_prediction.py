@@ -191,8 +191,12 @@ def test_picture_frames_the_faces_and_shows_what_they_were_taken_for(tmp_path):
     boxes = [(0, 0, 80, 80), (280, 40, 340, 100)]  # one in the corner, one beyond the edge
     faces = [script.Face(box, EMOTIONS[row.argmax()], row.max(), dict(zip(EMOTIONS, row)))
              for box, row in zip(boxes, shares)]
-    figure = script.draw_photo(Image.new("L", (300, 400), "white"), faces, tmp_path / "x.jpg")
-    scene, table = figure.axes
+    crops = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 1), "uint8")
+    heat_maps = np.zeros((2, 48, 48))
+    heat_maps[0, 30:40, 10:20] = 0.2
+    figure = script.draw_photo(Image.new("L", (300, 400), "white"), faces, crops, heat_maps,
+                               tmp_path / "x.jpg")
+    scene, seen_1, marked_1, seen_2, marked_2, table = figure.axes
     for frame, (left, top, right, bottom) in zip(scene.lines, boxes, strict=True):
         assert set(map(tuple, frame.get_xydata())) == {
             (left, top), (right, top), (right, bottom), (left, bottom)}
@@ -201,8 +205,87 @@ def test_picture_frames_the_faces_and_shows_what_they_were_taken_for(tmp_path):
     texts = {text.get_position(): text.get_text() for text in table.texts}  # (column, row)
     assert [texts[column, 0] for column in (0, 1, 2, 4)] == ["50%", "0%", "30%", "20%"]
     assert texts[3, 1] == "100%" and len(texts) == 14
-    assert [tick.get_text() for tick in table.get_yticklabels()] == ["1 angry", "2 happy"]
     assert [tick.get_text() for tick in table.get_xticklabels()] == EMOTIONS
+    assert [axes.get_ylabel() for axes in (seen_1, seen_2)] == ["1 angry", "2 happy"]
+    for crop, axes in zip(crops[[0, 0, 1, 1]], (seen_1, marked_1, seen_2, marked_2)):
+        assert np.array_equal(axes.images[0].get_array(), crop[:, :, 0])
+    figure.draw_without_rendering()  # what makes colours of the numbers
+    for axes, heat_map in (marked_1, heat_maps[0]), (marked_2, heat_maps[1]):
+        opacity = axes.images[1].to_rgba(axes.images[1].get_array())[:, :, 3]
+        assert np.array_equal(opacity > 0, heat_map > 0)
+
+
+def draw_photo(photo, faces, folder):
+    """Draw a photo whose faces are black and have no heat maps; return the figure."""
+    crops = np.zeros((len(faces), 48, 48, 1), "uint8")
+    return script.draw_photo(photo, faces, crops, np.zeros((len(faces), 48, 48)), folder / "x.jpg")
+
+
+def test_twelve_faces_are_drawn_as_rows_that_can_be_read(tmp_path):
+    faces = [script.Face((left, 50, left + 40, 90), "surprise", 1.0,
+                         dict(zip(EMOTIONS, np.eye(7)[6]))) for left in range(0, 600, 50)]
+    figure = draw_photo(Image.new("L", (900, 400)), faces, tmp_path)
+    for axes in figure.axes[1:-1]:
+        assert axes.get_window_extent().height >= 48  # no crop smaller than it is
+    tops = [axes.get_window_extent().y1 for axes in figure.axes[1:-1:2]]
+    assert len(tops) == 12 and tops == sorted(tops, reverse=True)
+    middles = [axes.get_window_extent().y0 + axes.get_window_extent().height / 2
+               for axes in figure.axes[1:-1:2]]
+    table = figure.axes[-1]
+    of_rows = [table.transData.transform((0, row))[1] for row in range(12)]
+    assert np.abs(np.subtract(middles, of_rows)).max() < 10  # beside their probabilities
+
+
+def test_face_that_is_shown_is_the_one_that_was_classified(
+        trained, astronaut, tmp_path, monkeypatch):
+    astronaut.save(tmp_path / "photo.png")
+    classified, shown = [], []
+    classify_faces, show_photo = script.classify_faces, script.draw_photo
+
+    def classify_and_note(model, images):
+        classified.append(images)
+        return classify_faces(model, images)
+
+    def draw_and_note(*arguments):
+        shown.append(show_photo(*arguments))
+
+    monkeypatch.setattr(script, "classify_faces", classify_and_note)
+    monkeypatch.setattr(script, "draw_photo", draw_and_note)
+    assert script.predict_emotions(tmp_path / "photo.png", trained)
+    (images,), (figure,) = classified, shown
+    assert images.shape == (1, 48, 48, 1) and images.dtype == "uint8"
+    for axes in figure.axes[1:3]:
+        assert np.array_equal(axes.images[0].get_array(), images[0, :, :, 0])
+
+
+def test_heat_map_is_zero_where_nothing_can_matter(trained):
+    model, _ = script.load_network(trained / script.NETWORK)
+    flat_face = np.full((48, 48, 1), 90, "uint8")
+    assert np.abs(script.occlusion_map(model, flat_face, 0)).max() < 1e-5
+
+
+def test_heat_map_lies_on_the_face_and_moves_with_it():
+    """A small drawn face on its own mean grey: covering the grey changes nothing."""
+    model, _ = script.load_network(ROOT / "docs/runs/88-0" / script.NETWORK)
+    face = script.draw_face("happy", np.random.default_rng(0)).resize((24, 24))
+    pixels = np.asarray(face).astype("float32")
+    middles = []
+    for top, left in (4, 4), (4, 20), (20, 4):
+        image = np.full((48, 48, 1), pixels.mean(), "float32")
+        image[top:top + 24, left:left + 24, 0] = pixels
+        label = model.predict(image[np.newaxis], verbose=0).argmax()
+        heat_map = script.occlusion_map(model, image, label)
+        assert heat_map.shape == (48, 48) and heat_map.max() > 0.01
+        reached = np.zeros((48, 48), bool)  # by a square that touches the face, 8 pixels wide
+        reached[max(top - 7, 0):top + 31, max(left - 7, 0):left + 31] = True
+        assert np.abs(heat_map[~reached]).max() < 1e-4
+        strong = np.clip(heat_map, 0, None)
+        row, column = np.array([(strong.sum(axis=1) * range(48)).sum(),
+                                (strong.sum(axis=0) * range(48)).sum()]) / strong.sum()
+        assert top < row < top + 24 and left < column < left + 24
+        middles.append((row, column))
+    first, to_the_right, down = middles  # each by 16 pixels
+    assert to_the_right[1] - first[1] > 8 and down[0] - first[0] > 8
 
 
 def test_labels_of_neighbouring_faces_are_their_numbers(tmp_path):
@@ -212,7 +295,7 @@ def test_labels_of_neighbouring_faces_are_their_numbers(tmp_path):
         faces = [script.Face((left, 50, left + 40, 90), "surprise", 1.0,
                              dict(zip(EMOTIONS, np.eye(7)[6])))
                  for left in range(0, 5 * step, step)]
-        figure = script.draw_photo(Image.new("L", (900, 400)), faces, tmp_path / "x.jpg")
+        figure = draw_photo(Image.new("L", (900, 400)), faces, tmp_path)
         labels = figure.axes[0].texts
         assert [label.get_text() for label in labels] == expected
         places = [label.get_bbox_patch().get_window_extent() for label in labels]
@@ -221,7 +304,7 @@ def test_labels_of_neighbouring_faces_are_their_numbers(tmp_path):
 
 def test_picture_of_a_photo_that_is_all_face_has_no_frame(tmp_path):
     face = script.Face((0, 0, 100, 100), "angry", 1.0, dict(zip(EMOTIONS, np.eye(7)[0])))
-    figure = script.draw_photo(Image.new("L", (100, 100)), [face], tmp_path / "x.jpg")
+    figure = draw_photo(Image.new("L", (100, 100)), [face], tmp_path)
     assert not figure.axes[0].lines and not figure.axes[0].texts
 
 
