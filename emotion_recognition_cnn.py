@@ -42,14 +42,15 @@ from typing import NamedTuple
 
 
 def complain(problem):
-    """Print a problem as one line on stderr."""
+    """Print a problem on stderr, with spaces in place of line breaks."""
     print(problem.replace("\n", " "), file=sys.stderr)
 
 
 def open_closed_streams():
     """Open stdout and stderr where they are closed: services start programs so.
 
-    What is printed then goes nowhere, and the next file to be opened does not take their place.
+    What is printed then goes nowhere.  Otherwise the next file that is opened would get descriptor
+    1 or 2, and what is printed would land in it.
     """
     for name, descriptor in ("stdout", 1), ("stderr", 2):
         if getattr(sys, name) is None:
@@ -72,7 +73,8 @@ def hidden_log():
     """Hide what is written to stderr during the block.
 
     If the block raises an exception, or the whole process crashes, it is printed after all; not so
-    on Ctrl-C.  A helper process reads it, so that it survives a crash.
+    on Ctrl-C or a ValueError, which has a line of its own.  A helper process reads it, so that it
+    survives a crash, and prints it unless it ends with a mark.
     """
     printer = ("import sys; log = sys.stdin.buffer.read()\n"
                "if not log.endswith(b'all went well'): sys.stderr.buffer.write(log)")
@@ -83,7 +85,7 @@ def hidden_log():
     try:
         yield
         os.write(2, b"all went well")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ValueError):
         os.write(2, b"all went well")
         raise
     finally:
@@ -119,6 +121,12 @@ except KeyboardInterrupt:  # the import takes seconds
         raise
     complain("interrupted")
     sys.exit(130)  # as shells do
+except ValueError as error:  # of a value in keras.json, matplotlibrc or the environment
+    if __name__ != "__main__":
+        raise
+    complain(f"error: a setting of Keras or Matplotlib on this machine is wrong ({error}): mend it "
+             "in keras.json, matplotlibrc or the environment variable")
+    sys.exit(2)
 
 tf.get_logger().setLevel("ERROR")  # it warns when several networks are traced, one after another
 # What a user's own keras.json and environment may have changed.
@@ -130,11 +138,12 @@ keras.config.set_max_steps_per_epoch(None)
 
 SIZE = 48  # pixels: height and width of the images of FER-2013
 FER2013_EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
-# Those of the files that Pillow can open: .jpg, .png, .webp and many more.
+# Endings of the files that Pillow can read: .jpg, .png, .webp and many more.  It knows videos and
+# tables of numbers when it sees them, but cannot read these.
 IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items()
-                 if kind in Image.OPEN}
-# Applied to training images alone.  What all images need, those of --predict too (rescaling, say),
-# must be a layer of create_CNN.
+                 if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")}
+# Applied to training images alone.  What --predict needs as well, such as rescaling, belongs into
+# create_CNN, as a layer.
 AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_range": 0.1,
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 
@@ -150,7 +159,7 @@ BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes that show an imag
 HEAT = LinearSegmentedColormap.from_list("heat", [VERMILION + "00", VERMILION + "D0"])
 # Matplotlib's own style, not the user's, and in it:
 PLOT_STYLE = ["default", {"font.size": 15, "figure.dpi": 150, "savefig.dpi": 150,
-                          "lines.linewidth": 2.5}]
+                          "lines.linewidth": 2.5, "text.parse_math": False}]
 # Pillow warns above this, and refuses above twice this: phones take photos of 200 megapixels.
 Image.MAX_IMAGE_PIXELS = 125_000_000
 
@@ -205,7 +214,7 @@ class Settings:
 
 # --- Data -----------------------------------------------------------------------------------------
 FER2013_PAGE = "https://www.kaggle.com/datasets/msambare/fer2013"
-ARCHIVE_ENDINGS = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z")
+ARCHIVE_ENDINGS = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".rar", ".7z")
 # What other copies of FER-2013 and other datasets call their parts, in lower case.
 OTHER_NAMES = {
     "train": ("train", "training"),
@@ -245,20 +254,32 @@ def advice_on_renaming(names):
     return f"rename {' and '.join(renamings)}" if renamings else ""
 
 
+def visible_names(folder):
+    """Return the sorted names in a folder, but for hidden ones and those of macOS, __MACOSX."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith((".", "__")))
+
+
+def advice_on_files(data_dir, names):
+    """Say what to do about an archive or a table among the entries of a folder."""
+    archives = [name for name in names if name.lower().endswith(ARCHIVE_ENDINGS)]
+    if archives:
+        return f"{data_dir} holds {', '.join(archives)}: unpack that there"
+    tables = [name for name in names if name.lower().endswith((".csv", ".parquet"))]
+    if tables and "train" not in names:
+        return f"{data_dir / tables[0]} is a table, not images: get those of {FER2013_PAGE}"
+    return ""
+
+
 def advice_on_contents(data_dir):
-    """Say what to do by what a folder holds in place of train/ and test/; "" where it is nothing.
-    """
+    """Say what to do by what a folder holds in place of train/ and test/."""
     deeper = sorted([*data_dir.glob("*/train"), *data_dir.glob("*/*/train")])
     if deeper:
         return f"the dataset lies deeper, in {deeper[0].parent}: name that with --data-dir"
-    names = sorted(entry.name for entry in data_dir.iterdir() if not entry.name.startswith("."))
-    archives = [name for name in names if name.lower().endswith(ARCHIVE_ENDINGS)]
-    if archives:
-        return f"unpack {data_dir / archives[0]} there"
-    tables = [name for name in names if name.lower().endswith(".csv")]
-    if tables:
-        return f"{data_dir / tables[0]} is a table, not images: get those of {FER2013_PAGE}"
-    return advice_on_renaming(names)
+    names = visible_names(data_dir)
+    holds = ", ".join(names[:8]) or "nothing"
+    return advice_on_files(data_dir, names) or advice_on_renaming(names) or (
+        f"{data_dir} holds {holds}. Name the folder that holds train/ and test/, each with a "
+        "folder per emotion, with --data-dir")
 
 
 def advice_on_layout(data_dir):
@@ -268,9 +289,10 @@ def advice_on_layout(data_dir):
         return f"{data_dir} is a file: unpack it if it is an archive, and {general}"
     if not data_dir.is_dir():
         return f"{general}, with --data-dir"
-    if (data_dir.parent / "train").is_dir():
-        return f"name the folder above, {data_dir.parent}, with --data-dir"
-    return advice_on_contents(data_dir) or f"{general}, with --data-dir"
+    above = data_dir.resolve().parent
+    if (above / "train").is_dir():
+        return f"name the folder above, {above}, with --data-dir"
+    return advice_on_contents(data_dir)
 
 
 def find_emotions(data_dir):
@@ -283,8 +305,7 @@ def find_emotions(data_dir):
         folder = data_dir / part
         if not folder.is_dir():
             raise InputError(f"{folder} is missing: {advice_on_layout(data_dir)}")
-        found[part] = {entry.name for entry in folder.iterdir()
-                       if entry.is_dir() and not entry.name.startswith(".")}
+        found[part] = {name for name in visible_names(folder) if Path(folder, name).is_dir()}
     different = sorted(found["train"] ^ found["test"])
     if different:
         part = "test" if different[0] in found["train"] else "train"
@@ -293,6 +314,10 @@ def find_emotions(data_dir):
     if len(found["train"]) < 2:
         raise InputError(f"{data_dir / 'train'} must hold a folder for each of at least two "
                          "emotions; name another folder with --data-dir")
+    for name in found["train"]:
+        if not name.isprintable():  # nor can it be drawn
+            raise InputError(f"{data_dir / 'train'}: the name {name!r} is not UTF-8, or holds a "
+                             "control character: rename that folder, in test/ too")
     return sorted(found["train"])
 
 
@@ -300,7 +325,8 @@ def find_images(folder):
     """Return the images in a folder, however deep, and all other files: two lists of sorted paths.
 
     Images are told by their endings.  What is hidden is passed over.  Links are followed, and each
-    folder is read once.  One that cannot be read is among the images: `open_image` says why.
+    folder is read once.  A folder that cannot be read is returned as if it were an image:
+    `open_image` then says why.
     """
     images, others, seen = [], [], set()
     for place, folders, names in os.walk(folder, followlinks=True,
@@ -336,20 +362,27 @@ def upright(image):
         return image
 
 
+def in_8_bits(image):
+    """Return an image (PIL) in grey or RGB, 8 bits each; what is transparent on white paper."""
+    if image.mode.startswith("I"):  # grey with 16 or 32 bits, which Pillow would cut off at 255
+        image = image.convert("I")
+        if image.getextrema()[1] > 255:
+            image = image.point(lambda value: value / 256)
+        return image.convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white_paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white_paper, image)
+    return image if image.mode == "L" else image.convert("RGB")
+
+
 def open_image(path):
     """Open an image as a person sees it: upright, 8 bits, grey or RGB; InputError if it cannot."""
     try:
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(path)
             image.load()
-            image = upright(image)
-        if image.mode.startswith("I"):  # grey with 16 bits, which Pillow would cut off at 255
-            image = image.convert("I").point(lambda value: value / 256).convert("L")
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            white_paper = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white_paper, image)
-        return image if image.mode == "L" else image.convert("RGB")
+            return in_8_bits(upright(image))
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large: reduce it to at most 250 megapixels") from error
     except FileNotFoundError as error:
@@ -357,9 +390,9 @@ def open_image(path):
     except IsADirectoryError as error:
         raise InputError(f"{path} holds no images that Pillow opens, such as .jpg or .png"
                          ) from error
-    except PermissionError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # Pillow raises many kinds on a broken file, in each of these calls
+        if isinstance(error, OSError) and error.errno is not None:  # of the operating system
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
         raise InputError(f"{path} is empty, damaged or no image that Pillow opens "
                          f"({type(error).__name__})") from error
 
@@ -370,12 +403,13 @@ def face_pixels(face):
 
 
 def read_images(folder, emotions):
-    """Read every image in the emotion folders of `folder`, however deep, as Keras does.
+    """Read every image in the emotion folders of `folder`, however deep it lies there.
 
     Returns paths, images (uint8, n x 48 x 48 x 1) and labels (int, n: indices into the emotions).
     Raises InputError where an emotion has no images or an image cannot be read.
     """
-    paths, labels, passed_over = [], [], []
+    paths, labels = [], []
+    passed_over = [folder / name for name in visible_names(folder) if (folder / name).is_file()]
     for label, emotion in enumerate(emotions):
         found, others = find_images(folder / emotion)
         passed_over += others
@@ -384,7 +418,7 @@ def read_images(folder, emotions):
                              "or .png")
         paths += found
         labels += [label] * len(found)
-    tell_passed_over(passed_over, "no images by their endings")
+    tell_passed_over(passed_over, "no images by their endings, or in no emotion's folder")
     show_bar = sys.stdout.isatty()
     progress = keras.utils.Progbar(len(paths), unit_name="image", verbose=int(show_bar))
     images = []
@@ -450,7 +484,7 @@ class AugmentedBatches(keras.utils.PyDataset):
         chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size]
         batch = []
         for i in chosen:
-            # On whole grey values, as they are stored: floats would take longer.
+            # The image is uint8: floats would take longer.
             image = self.generator.apply_transform(self.images[i], self.transforms[i])
             batch.append(self.generator.standardize(image.astype("float32")))
         return np.stack(batch), self.labels[chosen]
@@ -492,7 +526,8 @@ def load_data(data_dir, batch_size=Settings.batch_size, seed=Settings.seed):
               "is held out for validation, all of test/ is the test set")
         held_out = hold_out_tenth(train_labels, seed)
         if not held_out.any():
-            raise InputError(f"{data_dir / 'train'} holds too few images to hold some out")
+            raise InputError(f"{data_dir / 'train'} holds too few images to hold some out: it "
+                             "takes two of an emotion")
         validation = LabelledImages(train_images[held_out], train_labels[held_out],
                                     clean=np.ones(held_out.sum(), bool))
         train_images, train_labels = train_images[~held_out], train_labels[~held_out]
@@ -1092,7 +1127,7 @@ def load_network(path):
 def find_network(output_dir):
     """Return the path of the network in `output_dir`, else of the one included in docs/runs."""
     network = Path(output_dir, NETWORK)
-    if network.exists():
+    if os.path.exists(network):
         return network
     included = Path(__file__).resolve().parent / "docs" / "runs" / "88-0" / NETWORK
     if not included.exists():
@@ -1104,8 +1139,9 @@ def find_network(output_dir):
 
 def drawn_by_script(path):
     """Tell whether a picture is one of this script's, by its name and the files beside it."""
-    beside_results = any((path.parent / name).exists() for name in ("metrics.json", CHECKPOINT))
-    return path.name.endswith(".emotions.jpg") or (path.name in RESULTS and beside_results)
+    if path.name in RESULTS:
+        return any(os.path.exists(path.parent / name) for name in ("metrics.json", CHECKPOINT))
+    return path.name.endswith(".emotions.jpg")
 
 
 def find_photos(paths):
@@ -1117,7 +1153,7 @@ def find_photos(paths):
         paths = [paths]
     photos = []
     for path in map(Path, paths):
-        if not path.is_dir():
+        if not os.path.isdir(path):
             photos.append(path)
             continue
         images, others = find_images(path)
@@ -1125,7 +1161,7 @@ def find_photos(paths):
         tell_passed_over(own, "drawn by this script")
         tell_passed_over(others, "no photos by their endings")
         found = [image for image in images if image not in own]
-        photos += found or [path]  # the one line that it gets then says that it holds none
+        photos += found or [path]  # an empty folder stays: `open_image` says that it holds none
     return photos
 
 
@@ -1133,7 +1169,8 @@ def find_faces(photo, detector):
     """Find the faces in a photo (PIL image) and frame them as FER-2013 frames its faces.
 
     Returns boxes (left, top, right, bottom; pixels) from left to right, which may reach beyond
-    the photo; the whole photo where it is a crop of one face already or there is no detector.
+    the photo.  It is one box, the whole photo, where that is a crop of one face already or there is
+    no detector.
     Detector: MTCNN, Zhang et al. (2016), arXiv:1604.02878.
     """
     whole_photo = (0, 0, *photo.size)
@@ -1169,21 +1206,45 @@ def cut_out(photo, box):
     return Image.fromarray(np.asarray(photo)[np.ix_(rows, columns)])
 
 
-def classify_photo(photo, detector, model, emotions):
-    """Return the faces in a photo (PIL image), from left to right, and what was classified.
+class Photo(NamedTuple):
+    """A photo, and the faces that were found in it."""
 
-    That is the faces as the network sees them: uint8, n x 48 x 48 x 1.
+    path: Path
+    size: tuple  # width, height; in pixels
+    scene: Image.Image  # the photo, reduced to at most 1280 pixels
+    boxes: list  # of the faces, as `find_faces` returns them
+    crops: np.ndarray  # the faces as the network sees them: uint8, n x 48 x 48 x 1
+
+
+def read_photo(path, detector):
+    """Read a photo and find its faces; InputError if it cannot be read."""
+    image = open_image(path)
+    boxes = find_faces(image, detector)
+    crops = np.zeros((len(boxes), SIZE, SIZE, 1), "uint8")
+    for crop, box in zip(crops, boxes):
+        crop[:, :, 0] = face_pixels(cut_out(image, box))
+    scene = image.reduce(math.ceil(max(image.size) / 1280))
+    return Photo(path, image.size, scene, boxes, crops)
+
+
+def classify_photos(photos, model, emotions):
+    """Return the faces of photos, from left to right: a list for each photo.
+
+    All are classified together, which takes less time than one after another.
     """
-    boxes = find_faces(photo, detector)
-    if not boxes:
-        return [], np.empty((0, SIZE, SIZE, 1), "uint8")
-    crops = np.stack([face_pixels(cut_out(photo, box)) for box in boxes])[..., np.newaxis]
-    faces = []
-    for box, shares in zip(boxes, classify_faces(model, crops)):
-        probabilities = dict(zip(emotions, shares.tolist()))
-        surest = max(probabilities, key=probabilities.get)
-        faces.append(Face(box, surest, probabilities[surest], probabilities))
-    return faces, crops
+    if not any(photo.boxes for photo in photos):
+        return [[] for _ in photos]
+    probabilities = classify_faces(model, np.concatenate([photo.crops for photo in photos]))
+    ends = np.cumsum([len(photo.boxes) for photo in photos])
+    faces_of_photos = []
+    for photo, rows in zip(photos, np.split(probabilities, ends[:-1])):
+        faces = []
+        for box, row in zip(photo.boxes, rows):
+            by_emotion = dict(zip(emotions, row.tolist()))
+            surest = max(by_emotion, key=by_emotion.get)
+            faces.append(Face(box, surest, by_emotion[surest], by_emotion))
+        faces_of_photos.append(faces)
+    return faces_of_photos
 
 
 def occlusion_map(model, face, label):
@@ -1231,13 +1292,13 @@ def shorten_overlapping(labels, figure):
 
 def draw_scene(axes, photo, faces):
     """Draw a photo with the boxes of its faces, and return their labels (matplotlib)."""
-    axes.imshow(photo.reduce(math.ceil(max(photo.size) / 1280)), cmap="gray", vmin=0, vmax=255,
-                extent=(0, photo.width, photo.height, 0))
+    width, height = photo.size
+    axes.imshow(photo.scene, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
     axes.set_axis_off()
     axes.autoscale(False)
     labels = []
     for number, face in enumerate(faces, 1):
-        if face.box == (0, 0, *photo.size):  # the photo is all face
+        if face.box == (0, 0, width, height):  # the photo is all face
             continue
         left, top, right, bottom = face.box
         axes.plot((left, right, right, left, left), (top, top, bottom, bottom, top), SKY_BLUE)
@@ -1247,20 +1308,21 @@ def draw_scene(axes, photo, faces):
 
 
 @matplotlib.style.context(PLOT_STYLE)
-def draw_photo(photo, faces, crops, heat_maps, path):
-    """Write a picture of a photo (PIL image), and below it a row for each of its faces.
+def draw_photo(photo, faces, heat_maps, path):
+    """Write a picture of a photo, and below it a row for each of its faces.
 
-    In a row are the face as the network sees it, the same with its heat map, and the probabilities.
-    Takes the faces and crops of `classify_photo` and the heat map of each (48 x 48).
+    In a row are the face as the network sees it, the same with its heat map (48 x 48), and the
+    probabilities.
     """
-    photo_height = np.clip(8 * photo.height / photo.width, 3, 10)  # all lengths in inches
+    width, height = photo.size
+    photo_height = np.clip(8 * height / width, 3, 10)  # all lengths in inches
     row_height = np.clip(4 / len(faces), 0.85, 1.3)
     rows_height = row_height * len(faces) + 1.1  # with the emotions below
     figure = Figure(figsize=(10, photo_height + rows_height), layout="constrained")
     grid = figure.add_gridspec(1 + len(faces), 3, width_ratios=(row_height, row_height, 5.5),
                                height_ratios=[photo_height] + [row_height] * len(faces))
     labels = draw_scene(figure.add_subplot(grid[0, :]), photo, faces)
-    for number, (face, crop, heat_map) in enumerate(zip(faces, crops, heat_maps), 1):
+    for number, (face, crop, heat_map) in enumerate(zip(faces, photo.crops, heat_maps), 1):
         seen = figure.add_subplot(grid[number, 0], **BARE)
         marked = figure.add_subplot(grid[number, 1], **BARE)
         seen.set_ylabel(f"{number} {face.emotion}", rotation=0, ha="right", va="center")
@@ -1280,24 +1342,54 @@ def draw_photo(photo, faces, crops, heat_maps, path):
     return figure
 
 
-def predict_photo(path, heading, detector, model, emotions, picture, as_json):
-    """Classify the faces in a photo and return them; one line on stderr where there is none.
+def report_photo(photo, faces, heading, model, picture, as_json):
+    """Print a row for each face, which starts with the heading, and draw `picture`; or print JSON.
 
-    Prints a row for each, which starts with the heading, and draws `picture`; or prints JSON.
+    Prints one line on stderr where there is no face.
     """
-    photo = open_image(path)
-    faces, crops = classify_photo(photo, detector, model, emotions)
     if not faces:
-        complain(f"{path}: no face found; --no-detect classifies it whole")
+        complain(f"{photo.path}: no face found; --no-detect classifies it whole")
     elif as_json:
-        print_json(path, faces)
+        print_json(photo.path, faces)
     else:
         print_faces(heading, faces)
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        heat_maps = [occlusion_map(model, crop, emotions.index(face.emotion))
-                     for crop, face in zip(crops, faces)]
-        draw_photo(photo, faces, crops, heat_maps, picture)
-    return faces
+        heat_maps = []
+        for crop, face in zip(photo.crops, faces):
+            label = list(face.probabilities).index(face.emotion)
+            heat_maps.append(occlusion_map(model, crop, label))
+        draw_photo(photo, faces, heat_maps, picture)
+
+
+@contextlib.contextmanager
+def others_come_next(path, failed):
+    """If something goes wrong with a photo, print a line and append its path to `failed`."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads the rows of the others either
+        raise
+    except InputError as error:
+        complain(f"error: {error}")
+        failed.append(path)
+    except Exception as error:  # whatever it is
+        complain(f"error: {path}: {type(error).__name__}: {error}")
+        failed.append(path)
+
+
+def stop_if_pressed(pressed, done, photos):
+    """Raise KeyboardInterrupt if Ctrl-C was pressed: so many photos of all are done."""
+    if pressed.is_set():
+        raise KeyboardInterrupt(f"interrupted; photos done: {done} of {photos}")
+
+
+def make_folder_for_pictures(output_dir):
+    """Make the folder predictions/ and return it; InputError if it cannot be made."""
+    pictures = Path(output_dir, "predictions")
+    try:
+        pictures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{pictures} cannot be made ({error.strerror}): name another --output-dir"
+                         ) from error
+    return pictures
 
 
 def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
@@ -1306,39 +1398,38 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
     Where there is none, with the one included in docs/runs.  Prints a row per face and draws a
     picture per photo into predictions/ there, or only prints a JSON object per face.  A photo
     without a face, and one that something is wrong with, gets a line on stderr.  Returns whether
-    nothing was wrong with any.  Raises InputError without a network, BrokenPipeError where nobody
-    reads the rows, and KeyboardInterrupt on Ctrl-C, after the photo at hand.
+    nothing was wrong with any.  Raises InputError where no network can be loaded or the pictures
+    cannot be written, BrokenPipeError where nobody reads the rows, and KeyboardInterrupt on Ctrl-C,
+    after the photo at hand.
     """
     model, emotions = load_network(find_network(output_dir))
     detector = None
     if detect:
         from mtcnn import MTCNN  # here: training does without it
         detector = MTCNN()
-    photos = find_photos(paths)
-    pictures = Path(output_dir, "predictions")
+    photos = list(enumerate(find_photos(paths), 1))
+    pictures = Path() if as_json else make_folder_for_pictures(output_dir)
+    failed = []
     faces_found = 0
-    all_well = True
     with delayed_interrupt() as pressed:
-        for number, path in enumerate(photos, 1):
-            if pressed.is_set():
-                raise KeyboardInterrupt(f"interrupted; photos done: {number - 1} of {len(photos)}")
-            heading = f"{number}/{len(photos)} {path}"
-            name = path.stem[:50]  # a file's name may have 255 bytes at most
-            picture = pictures / f"{number}_{name}.emotions.jpg"
-            try:
-                faces = predict_photo(path, heading, detector, model, emotions, picture, as_json)
+        for first in range(0, len(photos), 4):  # four at a time: see `classify_photos`
+            group = []
+            for number, path in photos[first:first + 4]:
+                stop_if_pressed(pressed, first, len(photos))
+                with others_come_next(path, failed):
+                    group.append((number, read_photo(path, detector)))
+            faces_of_photos = classify_photos([photo for _, photo in group], model, emotions)
+            for (number, photo), faces in zip(group, faces_of_photos):
+                stop_if_pressed(pressed, number - 1, len(photos))
+                heading = f"{number}/{len(photos)} {photo.path}"
                 faces_found += len(faces)
-            except BrokenPipeError:
-                raise
-            except InputError as error:
-                complain(f"error: {error}")
-                all_well = False
-            except Exception as error:  # whatever is wrong with one photo, the others come next
-                complain(f"error: {path}: {type(error).__name__}: {error}")
-                all_well = False
+                name = photo.path.stem[:50]  # a file's name may have 255 bytes at most
+                picture = pictures / f"{number}_{name}.emotions.jpg"
+                with others_come_next(photo.path, failed):
+                    report_photo(photo, faces, heading, model, picture, as_json)
     if faces_found and not as_json:
         print(f"\nPictures saved in {pictures}", flush=True)
-    return all_well
+    return not failed
 
 
 # --- Drawn faces ----------------------------------------------------------------------------------
@@ -1491,6 +1582,8 @@ def parse_command_line(arguments):
     output.add_argument("--output-dir", default="output", metavar="DIR",
                         help="where all results are (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.predict and "" in options.predict:
+        raise InputError("--predict: the name of a photo is empty")
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)
              if hasattr(options, field.name)}
     refuse_useless(options, given)
@@ -1499,14 +1592,14 @@ def parse_command_line(arguments):
     return options, Settings(**given)
 
 
-def refuse_useless(options, settings):
-    """Raise InputError for an option that would do nothing; `settings` are those given."""
+def refuse_useless(options, given):
+    """Raise InputError for an option that would do nothing; `given` are the settings given."""
     if options.predict and options.resume:
         raise InputError("--resume does nothing with --predict: leave it out")
-    if options.predict and settings:
-        raise InputError(f"{option_name(min(settings))} does nothing with --predict: leave it out")
-    if options.resume and settings:
-        raise InputError(f"{option_name(min(settings))} does nothing with --resume, which goes on "
+    if options.predict and given:
+        raise InputError(f"{option_name(min(given))} does nothing with --predict: leave it out")
+    if options.resume and given:
+        raise InputError(f"{option_name(min(given))} does nothing with --resume, which goes on "
                          "with the settings of the run: leave it out")
     if (options.no_detect or options.json) and not options.predict:
         raise InputError("--no-detect and --json do nothing without --predict")
@@ -1532,9 +1625,14 @@ def errors_in_one_line():
 def lock_run(run_dir):
     """Make the folder of an unfinished run and lock it; the end of a `with` unlocks it.
 
-    Raises InputError if the folder cannot be written or another run is in it.
+    Raises InputError if the folder cannot be written, or another run or something of the user's own
+    is in it.
     """
     try:
+        is_own = any(os.path.exists(run_dir / name) for name in ("lock", CHECKPOINT))
+        if not is_own and run_dir.is_dir() and any(run_dir.iterdir()):
+            raise InputError(f"{run_dir} holds something that is not of this script: name another "
+                             "--output-dir")
         run_dir.mkdir(parents=True, exist_ok=True)
         return FileLock(run_dir / "lock").acquire(timeout=0)  # the system drops it with the process
     except Timeout as error:
@@ -1579,7 +1677,7 @@ def telling_what_is_kept(run_dir):
         raise
     except OSError as error:
         raise InputError(f"{error.filename or run_dir} cannot be read or written: "
-                         f"{error.strerror}; mend that, or name another --output-dir; "
+                         f"{error.strerror}; mend that, or name another folder; "
                          f"{kept_epochs(run_dir)}") from error
     except Exception as error:  # a mistake in the script: its traceback is what a report needs
         error.add_note(kept_epochs(run_dir))
@@ -1638,6 +1736,7 @@ def finish_run(run_dir, output_dir):
 
 if __name__ == "__main__":
     started = time.perf_counter()
+    warnings.filterwarnings("ignore", module="matplotlib")  # of letters that its font lacks
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that a terminal lacks
     with errors_in_one_line():

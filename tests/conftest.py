@@ -34,6 +34,11 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation")
 
 
+def pytest_collection_modifyitems(items):
+    """Put what needs a whole run last, so that no worker waits while another one makes the run."""
+    items.sort(key=lambda item: ("whole_run" in item.fixturenames, "demo" in item.fixturenames))
+
+
 def run(*arguments, cwd, **environment):
     """Run the script as a user would; return the finished process."""
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,

@@ -28,10 +28,10 @@ BAD_INPUTS = {
         *[(data / part).rename(data / "fer2013" / part) for part in ("train", "test")]],
         ["data/train", "lies deeper, in data/fer2013", "--data-dir"]),
     "part of a dataset": (["--data-dir", "data/train"], None,
-                          ["data/train/train", "the folder above, data,"]),
+                          ["data/train/train", "name the folder above, ", "/data, with"]),
     "archive in the folder": ([], lambda data: [
         shutil.rmtree(data / "train"), (data / "archive.zip").write_text("x")],
-        ["data/train", "unpack data/archive.zip"]),
+        ["data/train", "data holds archive.zip: unpack"]),
     "archive itself": (["--data-dir", "data/archive.zip"],
                        lambda data: (data / "archive.zip").write_text("x"),
                        ["data/archive.zip is a file", "unpack it"]),
@@ -44,6 +44,13 @@ BAD_INPUTS = {
         ["data/train is missing", "rename Training/ to train/ and PrivateTest/ to test/"]),
     "one part of another name": ([], lambda data: (data / "test").rename(data / "validation"),
                                  ["data/test is missing", "rename validation/ to test/"]),
+    "emotions in neither part": (["--data-dir", "x"], lambda data: [
+        (data.parent / "x" / emotion).mkdir(parents=True) for emotion in ("angry", "happy")],
+        ["x/train is missing", "x holds angry, happy", "--data-dir"]),
+    "name that cannot be drawn": ([], lambda data: [
+        (data / part / "fear").rename(data / part / "fe\nar") for part in ("train", "test")],
+        ["data/train", "'fe\\nar'", "rename that folder"]),
+    "predict a variable that is not set": (["--predict", ""], None, ["--predict", "empty"]),
     "no train": ([], lambda data: shutil.rmtree(data / "train"), ["data/train", "--data-dir"]),
     "no test": ([], lambda data: shutil.rmtree(data / "test"), ["data/test", "--data-dir"]),
     "emotion missing": ([], lambda data: shutil.rmtree(data / "test/fear"),
@@ -116,11 +123,15 @@ def test_bad_input_gets_one_line_and_status_2(
 
 def test_a_folder_of_the_users_own_is_never_deleted(tmp_path, run_here):
     """It has the name that the script gives to the folder of an unfinished run."""
-    own = tmp_path / "output/unfinished/novel.txt"
+    own = tmp_path / "output/unfinished/history.csv"
     own.parent.mkdir(parents=True)
     own.write_text("Chapter one")
-    assert run_here("--data-dir", "nowhere", cwd=tmp_path).returncode == 2
-    (own.parent / "history.csv").write_text("of the script")
+    refused = run_here("--demo", cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "output/unfinished holds something" in refused.stderr
+    assert own.read_text() == "Chapter one"
+    novel = own.parent / "novel.txt"  # among what the script left
+    novel.write_text("Chapter two")
     script.delete_run(own.parent)
     assert [file.name for file in own.parent.iterdir()] == ["novel.txt"]
 

@@ -130,6 +130,7 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_passed_ov
     for name in ".DS_Store", "Thumbs.db", "._Training_0.png", "notes.txt":
         (tmp_path / "train/happy" / name).write_text("no image")
     (tmp_path / "train/.ipynb_checkpoints").mkdir()
+    flat(90).save(tmp_path / "train/loose.png")
     paths, images, labels = script.read_images(tmp_path / "train", EMOTIONS)
     assert images.shape == (8, 48, 48, 1) and images.dtype == "uint8"
     assert [path.name for path in paths] == ["Training_0.png", "photo.GIF"] + ["Training_0.png"] * 6
@@ -137,7 +138,8 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_passed_ov
     assert (np.delete(images, 1, axis=0) == 90).all()
     happy = tmp_path / "train/happy"
     assert capsys.readouterr().err == (
-        f"passed over, no images by their endings: {happy}/Thumbs.db, {happy}/notes.txt\n")
+        "passed over, no images by their endings, or in no emotion's folder: "
+        f"{tmp_path}/train/loose.png, {happy}/Thumbs.db, {happy}/notes.txt\n")
 
 
 def test_images_are_read_however_deep_they_lie(tmp_path, capsys):
@@ -202,6 +204,7 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
             "CMYK.jpg": encode(grey.convert("CMYK"), "JPEG", quality=100),
             "16 bits.png": encode(deep, "PNG"), "16 bits.tif": encode(deep, "TIFF"),
             "16 bits of a scanner.tif": encode(big_endian, "TIFF"),
+            "32 bits, up to 255.tif": encode(Image.new("I", (48, 48), 90), "TIFF"),
             "transparency.png": encode(grey.convert("LA"), "PNG"),
             "malformed Exif.png": encode(grey, "PNG", **malformed),
             "the first frame of an animation.gif": encode(grey, "GIF", **animation)}.items():
@@ -213,8 +216,8 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
         (tmp_path / "train/sad" / name).write_bytes(contents)
     training = script.load_data(tmp_path, 2, 0).training
     output, errors = capfd.readouterr()
-    assert "14 training, 7 validation and 7 test images" in output and errors == ""
-    assert len(training.labels) == 14
+    assert "15 training, 7 validation and 7 test images" in output and errors == ""
+    assert len(training.labels) == 15
 
 
 def test_photos_of_200_megapixels_are_read_and_larger_ones_named(tmp_path):

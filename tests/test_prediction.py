@@ -49,25 +49,25 @@ def predict(paths, output_dir, capsys, detect=True):
     return all_read, [json.loads(line) for line in printed.out.splitlines()], printed.err
 
 
-def test_predictions_are_those_of_the_evaluation(demo, trained, tmp_path):
+def test_predictions_are_those_of_the_evaluation(whole_run, small_dataset, tmp_path):
     """The test images, predicted from the command line, give the accuracy of metrics.json."""
-    script.draw_faces(tmp_path / "data", 0)  # those that the demo drew
     # A package that cannot be imported stands in the way of MTCNN's: --no-detect needs none.
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages/mtcnn.py").write_text("raise SystemExit('imported')")
-    paths = sorted((tmp_path / "data/test").glob("*/PrivateTest_*"))
-    process = run("--predict", *paths, "--no-detect", "--json", "--output-dir", trained,
-                  cwd=tmp_path, PYTHONPATH=str(tmp_path / "packages"))
+    paths = sorted(small_dataset.glob("test/*/PrivateTest_*"))
+    process = run("--predict", *paths, "--no-detect", "--json",
+                  "--output-dir", whole_run / "output", cwd=tmp_path,
+                  PYTHONPATH=str(tmp_path / "packages"))
     assert process.returncode == 0 and process.stderr == "", process.stderr
     faces = [json.loads(line) for line in process.stdout.splitlines()]
     assert [face["file"] for face in faces] == list(map(str, paths))
     correct = [face["emotion"] == path.parent.name for face, path in zip(faces, paths)]
-    metrics = json.loads((demo[0] / "output/metrics.json").read_text())["test"]
+    metrics = json.loads((whole_run / "output/metrics.json").read_text())["test"]
     assert np.mean(correct) == metrics["accuracy"]
 
-    model, emotions = script.load_network(trained / script.NETWORK)
+    model, emotions = script.load_network(whole_run / "output" / script.NETWORK)
     assert emotions == EMOTIONS
-    probabilities = script.classify_faces(model, script.load_data(tmp_path / "data").test.images)
+    probabilities = script.classify_faces(model, script.load_data(small_dataset).test.images)
     predicted = np.array([list(face["probabilities"].values()) for face in faces])
     assert np.abs(predicted - probabilities).max() <= 1e-5
     assert [EMOTIONS[i] for i in probabilities.argmax(1)] == [face["emotion"] for face in faces]
@@ -194,8 +194,8 @@ def test_picture_frames_the_faces_and_shows_what_they_were_taken_for(tmp_path):
     crops = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 1), "uint8")
     heat_maps = np.zeros((2, 48, 48))
     heat_maps[0, 30:40, 10:20] = 0.2
-    figure = script.draw_photo(Image.new("L", (300, 400), "white"), faces, crops, heat_maps,
-                               tmp_path / "x.jpg")
+    photo = script.Photo(Path("x"), (300, 400), Image.new("L", (150, 200), "white"), boxes, crops)
+    figure = script.draw_photo(photo, faces, heat_maps, tmp_path / "x.jpg")
     scene, seen_1, marked_1, seen_2, marked_2, table = figure.axes
     for frame, (left, top, right, bottom) in zip(scene.lines, boxes, strict=True):
         assert set(map(tuple, frame.get_xydata())) == {
@@ -215,10 +215,11 @@ def test_picture_frames_the_faces_and_shows_what_they_were_taken_for(tmp_path):
         assert np.array_equal(opacity > 0, heat_map > 0)
 
 
-def draw_photo(photo, faces, folder):
+def draw_photo(image, faces, folder):
     """Draw a photo whose faces are black and have no heat maps; return the figure."""
     crops = np.zeros((len(faces), 48, 48, 1), "uint8")
-    return script.draw_photo(photo, faces, crops, np.zeros((len(faces), 48, 48)), folder / "x.jpg")
+    photo = script.Photo(Path("x"), image.size, image, [face.box for face in faces], crops)
+    return script.draw_photo(photo, faces, np.zeros((len(faces), 48, 48)), folder / "x.jpg")
 
 
 def test_twelve_faces_are_drawn_as_rows_that_can_be_read(tmp_path):
@@ -352,6 +353,10 @@ def test_a_folder_is_searched_for_all_that_pillow_opens_and_nothing_is_dropped_s
         "linked.png"}
     assert errors == ("passed over, no photos by their endings: "
                       f"{album}/clip.mp4, {album}/face.heic, {album}/notes.txt\n")
+    locked = tmp_path / ("n" * 300 + ".png")
+    all_well, faces, errors = predict([locked, album / "face.jpg"], trained, capsys, detect=False)
+    assert not all_well and len(faces) == 1
+    assert errors == f"error: {locked} cannot be read: File name too long\n"
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text("no photo")
     _, _, errors = predict([tmp_path], trained, capsys, detect=False)
@@ -376,6 +381,10 @@ def test_whatever_is_wrong_with_one_photo_the_others_come_next(
     face = script.draw_face("sad", np.random.default_rng(0))
     for name in "1.png", "2.png", "n" * 240 + ".png":
         face.save(tmp_path / name)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(script.InputError, match="file/predictions cannot be made.*--output-dir"):
+        script.predict_emotions(tmp_path / "1.png", tmp_path / "file", detect=False)
+    capsys.readouterr()
     (trained / "predictions/1_1.emotions.jpg").mkdir(parents=True)  # in the way of the picture
     assert not script.predict_emotions([tmp_path], trained, detect=False)
     rows, errors = capsys.readouterr()
@@ -384,11 +393,11 @@ def test_whatever_is_wrong_with_one_photo_the_others_come_next(
     pictures = sorted(path.name for path in (trained / "predictions").glob("[23]*"))
     assert pictures == ["2_2.emotions.jpg", "3_" + "n" * 50 + ".emotions.jpg"]
 
-    def fail_at_first(photo, detector, model, emotions):
+    def fail_at_first(path, detector):
         monkeypatch.undo()
         raise ZeroDivisionError("nobody knows why")
 
-    monkeypatch.setattr(script, "classify_photo", fail_at_first)
+    monkeypatch.setattr(script, "read_photo", fail_at_first)
     all_well, faces, errors = predict([tmp_path], trained, capsys, detect=False)
     assert not all_well and [face["file"][-5:] for face in faces] == ["2.png", "n.png"]
     assert errors == f"error: {tmp_path}/1.png: ZeroDivisionError: nobody knows why\n"

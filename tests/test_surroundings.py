@@ -80,6 +80,16 @@ def test_ctrl_c_while_tensorflow_is_imported_gives_one_line(tmp_path):
     assert (process.returncode, process.stdout, process.stderr) == (130, "", "interrupted\n")
 
 
+@pytest.mark.parametrize("variable, value, word", [
+    ("MPLBACKEND", "nonsense", "nonsense"), ("KERAS_MAX_EPOCHS", "many", "many")])
+def test_a_setting_that_is_wrong_gives_one_line(tmp_path, variable, value, word):
+    process = subprocess.run([sys.executable, SCRIPT, "--demo"], cwd=tmp_path, text=True,
+                             capture_output=True, timeout=60, env={**os.environ, variable: value})
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: a setting of Keras or Matplotlib")
+    assert word in process.stderr
+
+
 def test_in_a_thread_there_is_no_signal_to_wait_for(demo, tmp_path, capsys):
     from concurrent.futures import ThreadPoolExecutor
     script.draw_face("sad", np.random.default_rng(0)).save(tmp_path / "face.png")
