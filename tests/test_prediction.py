@@ -381,9 +381,9 @@ def test_whatever_is_wrong_with_one_photo_the_others_come_next(
     face = script.draw_face("sad", np.random.default_rng(0))
     for name in "1.png", "2.png", "n" * 240 + ".png":
         face.save(tmp_path / name)
-    (tmp_path / "file").write_text("no folder")
+    (trained / "file").write_text("no folder")
     with pytest.raises(script.InputError, match="file/predictions cannot be made.*--output-dir"):
-        script.predict_emotions(tmp_path / "1.png", tmp_path / "file", detect=False)
+        script.predict_emotions(tmp_path / "1.png", trained / "file", detect=False)
     capsys.readouterr()
     (trained / "predictions/1_1.emotions.jpg").mkdir(parents=True)  # in the way of the picture
     assert not script.predict_emotions([tmp_path], trained, detect=False)
