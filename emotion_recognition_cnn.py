@@ -121,11 +121,11 @@ except KeyboardInterrupt:  # the import takes seconds
         raise
     complain("interrupted")
     sys.exit(130)  # as shells do
-except ValueError as error:  # of a value in keras.json, matplotlibrc or the environment
+except ValueError as error:  # a value in keras.json, matplotlibrc or the environment is wrong
     if __name__ != "__main__":
         raise
-    complain(f"error: a setting of Keras or Matplotlib on this machine is wrong ({error}): mend it "
-             "in keras.json, matplotlibrc or the environment variable")
+    complain(f"error: Keras, Matplotlib or what they need cannot be imported ({error}): mend that, "
+             "perhaps in keras.json, matplotlibrc or the environment")
     sys.exit(2)
 
 tf.get_logger().setLevel("ERROR")  # it warns when several networks are traced, one after another

@@ -86,7 +86,7 @@ def test_a_setting_that_is_wrong_gives_one_line(tmp_path, variable, value, word)
     process = subprocess.run([sys.executable, SCRIPT, "--demo"], cwd=tmp_path, text=True,
                              capture_output=True, timeout=60, env={**os.environ, variable: value})
     assert process.returncode == 2 and process.stderr.count("\n") == 1
-    assert process.stderr.startswith("error: a setting of Keras or Matplotlib")
+    assert process.stderr.startswith("error: Keras, Matplotlib or what they need cannot be")
     assert word in process.stderr
 
 
