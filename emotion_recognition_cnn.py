@@ -41,9 +41,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 
+def one_line(text):
+    """Return a text with a space in place of each line break."""
+    return " ".join(text.splitlines())
+
+
 def complain(problem):
-    """Print a problem on stderr, with spaces in place of line breaks."""
-    print(problem.replace("\n", " "), file=sys.stderr)
+    """Print a problem as one line on stderr."""
+    print(one_line(problem), file=sys.stderr)
 
 
 def open_closed_streams():
@@ -59,9 +64,9 @@ def open_closed_streams():
 
 
 def drop_missing_backend():
-    """Forget a backend of Matplotlib that is not installed: Jupyter names its own to all programs.
+    """Forget the backend that MPLBACKEND names where it is not installed.
 
-    Matplotlib would refuse to be imported.
+    Jupyter sets MPLBACKEND for all programs that it starts, and importing Matplotlib would fail.
     """
     kind, _, module = os.environ.get("MPLBACKEND", "").partition("://")
     if kind == "module" and not importlib.util.find_spec(module.partition(".")[0]):
@@ -70,11 +75,11 @@ def drop_missing_backend():
 
 @contextlib.contextmanager
 def hidden_log():
-    """Hide what is written to stderr during the block.
+    """Hold back what the block writes to stderr.
 
-    If the block raises an exception, or the whole process crashes, it is printed after all; not so
-    on Ctrl-C or a ValueError, which has a line of its own.  A helper process reads it, so that it
-    survives a crash, and prints it unless it ends with a mark.
+    It is printed only if the block raises an exception, other than Ctrl-C and ValueError, or the
+    whole process crashes.  A helper process holds it, so that it survives a crash; a mark at the
+    end tells the helper to drop it.
     """
     printer = ("import sys; log = sys.stdin.buffer.read()\n"
                "if not log.endswith(b'all went well'): sys.stderr.buffer.write(log)")
@@ -142,22 +147,23 @@ FER2013_EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surp
 # tables of numbers when it sees them, but cannot read these.
 IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items()
                  if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")}
-# Applied to training images alone.  What --predict needs as well, such as rescaling, belongs into
+# Applied to training images alone.  What --predict needs as well, such as rescaling, belongs in
 # create_CNN, as a layer.
 AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_range": 0.1,
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 
 NETWORK = "emotion_recognition_cnn.keras"
 CHECKPOINT = "checkpoint.npz"
+LOCK = "emotion_recognition_cnn.lock"
 RESULTS = ("accuracy.png", "confusion_matrix.png", NETWORK, "examples.png", "filters.png",
            "history.csv", "loss.png", "metrics.json")
 
 # From the palette of Okabe and Ito: colour-blind readers can tell these apart.
 BLUE, VERMILION, SKY_BLUE = "#0072B2", "#D55E00", "#56B4E9"
 BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes that show an image, and no scale
-# From transparent to opaque: what speaks for an emotion, over the face.
+# From invisible to four fifths opaque: what speaks for an emotion, over the face.
 HEAT = LinearSegmentedColormap.from_list("heat", [VERMILION + "00", VERMILION + "D0"])
-# Matplotlib's own style, not the user's, and in it:
+# Matplotlib's default style, whatever the user's own is, with these changes.
 PLOT_STYLE = ["default", {"font.size": 15, "figure.dpi": 150, "savefig.dpi": 150,
                           "lines.linewidth": 2.5, "text.parse_math": False}]
 # Pillow warns above this, and refuses above twice this: phones take photos of 200 megapixels.
@@ -363,12 +369,14 @@ def upright(image):
 
 
 def in_8_bits(image):
-    """Return an image (PIL) in grey or RGB, 8 bits each; what is transparent on white paper."""
+    """Return an image (PIL) in grey or RGB, 8 bits each; what is transparent, on white paper."""
     if image.mode.startswith("I"):  # grey with 16 or 32 bits, which Pillow would cut off at 255
         image = image.convert("I")
         if image.getextrema()[1] > 255:
             image = image.point(lambda value: value / 256)
         return image.convert("L")
+    if image.mode == "F" and image.getextrema()[1] <= 1:  # grey from 0 to 1
+        return image.point(lambda value: value * 255).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white_paper = Image.new("RGBA", image.size, "white")
@@ -788,10 +796,11 @@ def train_model(model, training, validation, epochs=Settings.epochs,
 def views_of(images):
     """Return 18 views of images (n x 48 x 48 x 1, float32): a list of tensors of that shape.
 
-    Three sizes at three heights, two pixels apart, and all of them mirrored.
+    Three sizes, each at three heights, and all of them mirrored.
     """
-    rows = np.arange(-4, SIZE + 4).clip(0, SIZE - 1)  # the outermost ones four times more
-    wide = keras.ops.take(keras.ops.take(images, rows, axis=1), rows, axis=2)  # 56 x 56
+    repeated_edge = np.arange(-4, SIZE + 4).clip(0, SIZE - 1)  # the outermost four times more
+    wide = keras.ops.take(images, repeated_edge, axis=1)
+    wide = keras.ops.take(wide, repeated_edge, axis=2)  # 56 x 56
     views = []
     for size in (44, 48, 52):  # of the part that is seen: the face looks larger, as it is, smaller
         margin = (56 - size) // 2
@@ -803,7 +812,7 @@ def views_of(images):
     return views + mirrored
 
 
-@tf.function(reduce_retracing=True)  # half the time for one face that it takes layer by layer
+@tf.function(reduce_retracing=True)  # compiled once, it takes half the time for a single face
 def average_views(model, images):
     """Return the probabilities (n x classes) of images: the mean over their views."""
     views = views_of(images)
@@ -812,7 +821,7 @@ def average_views(model, images):
 
 
 def classify_faces(model, images):
-    """Return the probabilities (n x classes) of images (n x 48 x 48 x 1): the mean over views."""
+    """Do the same for any number of images (n x 48 x 48 x 1), 32 at a time to save memory."""
     probabilities = []
     for first in range(0, len(images), 32):
         batch = images[first:first + 32].astype("float32")
@@ -929,6 +938,11 @@ def plot_history(history, output_dir):
         figure.savefig(output_dir / f"{name}.png")
 
 
+def short_names(emotions):
+    """Return the names of emotions as pictures have room for: 14 letters at most."""
+    return [name if len(name) <= 14 else name[:13] + "…" for name in emotions]
+
+
 def draw_shares(axes, shares, rows, columns):
     """Draw shares (rows x columns, from 0 to 1) as a table with named rows and columns."""
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -947,7 +961,7 @@ def plot_performance(history, scores, output_dir):
     loss.png (training and validation over the epochs) and confusion_matrix.png into `output_dir`.
     """
     plot_history(history, output_dir)
-    emotions = list(scores["emotions"])
+    emotions = short_names(scores["emotions"])
     confusion = np.array(scores["confusion_matrix"])
     labelled = confusion.sum(axis=1, keepdims=True)
     figure = Figure(figsize=(8, 7.5), layout="constrained")
@@ -962,6 +976,7 @@ def plot_examples(test, probabilities, emotions, output_dir):
     """Write examples.png: of each emotion (rows: labels) the test images classified most surely."""
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     surest_first = np.argsort(-confidence, kind="stable")
+    names = short_names(emotions)
     figure = Figure(figsize=(8, 1.5 * len(emotions)), layout="constrained")
     left_half, right_half = figure.subfigures(1, 2)
     left_half.suptitle("Surest and right", color=BLUE)
@@ -973,34 +988,46 @@ def plot_examples(test, probabilities, emotions, output_dir):
                      if test.labels[i] == label and (predicted[i] == label) == correct]
             for axes, i in zip(axes_of_row, shown):  # as many as there are axes for
                 axes.imshow(test.images[i], cmap="gray", vmin=0, vmax=255)
-                axes.set_title(f"{emotions[predicted[i]]} {confidence[i]:.0%}", size=10)
+                axes.set_title(f"{names[predicted[i]]} {confidence[i]:.0%}", size=10)
             if correct:
-                axes_of_row[0].set_ylabel(emotions[label])
+                axes_of_row[0].set_ylabel(names[label])
     figure.savefig(Path(output_dir, "examples.png"))
 
 
 def kind_of_filter(weights):
-    """Return the kind of a filter (5 x 5), "gradient", "edge" or "spot", and its angle in degrees.
+    """Return the kind of a filter (5 x 5) and its direction in degrees.
 
-    A gradient grows to one side: a plane explains a quarter of its squares, three times as much as
-    of random numbers.  An edge, or a line, changes along one direction above all: the coherence of
-    its structure tensor, Bigun and Granlund (1987), is above 0.3.
+    The kind is the first of these that fits; each fits one in fifty filters of random numbers:
+
+    - "gradient": a tilted plane makes up more than 28 % of the sum of squares
+    - "edge", or line: it changes along one direction, whichever; the coherence of its structure
+      tensor, Bigun and Granlund (1987), is above 0.67
+    - "spot": rings around the middle make up more than 52 % of the sum of squares
+    - "mixed": none of these
     """
     y, x = np.mgrid[-2:3, -2:3]
-    slope = (weights * (x + 1j * y)).sum()
-    if abs(slope)**2 / (x**2).sum() > 0.25 * (weights**2).sum():
-        return "gradient", np.angle(slope, deg=True)
-    down, right = np.gradient(np.pad(weights, 1))
-    coherence = ((right + 1j * down)**2).sum() / (right**2 + down**2).sum()
-    if abs(coherence) > 0.3:
-        return "edge", np.angle(coherence, deg=True) / 2
-    return "spot", 0.0
+    sum_of_squares = (weights**2).sum()
+    slope_x, slope_y = (weights * x).sum(), (weights * y).sum()
+    if (slope_x**2 + slope_y**2) / (x**2).sum() > 0.28 * sum_of_squares:
+        return "gradient", np.degrees(np.arctan2(slope_y, slope_x))
+    right, down = np.diff(weights, axis=1), np.diff(weights, axis=0)
+    right = right[:-1] + right[1:]  # both now in the middle of four weights
+    down = down[:, :-1] + down[:, 1:]
+    # Of twice the angle of each change, so that opposite directions count as one.
+    cosine, sine = (right**2 - down**2).sum(), (2 * right * down).sum()
+    if np.hypot(cosine, sine) > 0.67 * (right**2 + down**2).sum():
+        return "edge", np.degrees(np.arctan2(sine, cosine)) / 2
+    distance = x**2 + y**2
+    rings = [weights[distance == value] for value in np.unique(distance)]
+    if sum(ring.sum()**2 / len(ring) for ring in rings) > 0.52 * sum_of_squares:
+        return "spot", 0.0
+    return "mixed", 0.0
 
 
 def draw_row(axes, images, titles, columns, **options):
-    """Draw square images side by side, in so many columns, each below its title.
+    """Draw square images side by side in `columns` columns, each below its title.
 
-    One axes for all, as each takes its time.  Returns where the images begin.  `options` are
+    All in one axes: many axes are slow to draw.  Returns each image's left edge.  `options` are
     further arguments of imshow.
     """
     width = len(images[0])
@@ -1014,13 +1041,15 @@ def draw_row(axes, images, titles, columns, **options):
 
 def draw_first_filters(figure, kernels):
     """Draw the filters of the first convolution (n x 5 x 5) by kind, and then by direction."""
-    by_kind = sorted((*kind_of_filter(kernel), number) for number, kernel in enumerate(kernels))
+    kinds = [kind_of_filter(kernel) for kernel in kernels]
+    order = ("edge", "gradient", "spot", "mixed")
+    in_order = sorted(range(len(kernels)), key=lambda i: (order.index(kinds[i][0]), kinds[i][1]))
     columns = 11
     rows = figure.subplots(math.ceil(len(kernels) / columns), subplot_kw=BARE)
     for row, axes in enumerate(rows):
-        shown = by_kind[row * columns:(row + 1) * columns]
-        images = [kernels[number] / np.abs(kernels[number]).max() for _, _, number in shown]
-        titles = [kind for kind, _, _ in shown]
+        shown = in_order[row * columns:(row + 1) * columns]
+        images = [kernels[i] / np.abs(kernels[i]).max() for i in shown]
+        titles = [kinds[i][0] for i in shown]
         draw_row(axes, images, titles, columns, cmap="RdBu_r", vmin=-1, vmax=1)
     scale = figure.colorbar(axes.images[0], ax=rows, shrink=0.8, ticks=(-1, 0, 1))
     scale.set_label("weight, as part\nof the largest", size=11)
@@ -1028,10 +1057,10 @@ def draw_first_filters(figure, kernels):
 
 
 def strongest_places(model, images):
-    """Return how much images (n x 48 x 48 x 1) excite the filters of the second convolution, where.
+    """Return the highest activation of each filter of the second convolution in each image.
 
-    Returns two arrays, n x filters: the maximum over all places in an image, before pooling, and
-    its place: row * 14 + column.
+    Takes images (n x 48 x 48 x 1).  Returns two arrays (n x filters): the maximum over all places,
+    before pooling, and its place: row * 14 + column.
     """
     _, second = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
     convolution = keras.Model(model.inputs, second.output)
@@ -1047,25 +1076,31 @@ def strongest_places(model, images):
 def draw_second_filters(figure, model, test, emotions):
     """Draw a row for each emotion: a filter of the second convolution, and what excites it most.
 
-    It is the filter that tells the images of the emotion best from the others.  Framed are the 14 x
-    14 pixels that it sees.  The row of an emotion without an image is left out.
+    It is the filter that best tells the emotion's images from the others.  Framed are the 14 x 14
+    pixels that it sees.  The row of an emotion without an image is left out.
     """
     maxima, places = strongest_places(model, test.images)
     present = np.unique(test.labels)
+    names = short_names(emotions)
     rows = figure.subplots(len(present), subplot_kw=BARE, squeeze=False)[:, 0]
     for axes, label in zip(rows, present):
+        # The mean over the emotion's images less that over all, in standard deviations.
         lead = maxima[test.labels == label].mean(axis=0) - maxima.mean(axis=0)
         best = np.argmax(lead / (maxima.std(axis=0) + 1e-7))
-        axes.set_ylabel(f"{emotions[label]}\nfilter {best}", size=11)
+        axes.set_ylabel(f"{names[label]}\nfilter {best}", size=11)
         strongest = np.argsort(-maxima[:, best], kind="stable")[:7]
-        titles = [emotions[test.labels[i]] for i in strongest]
+        titles = [names[test.labels[i]] for i in strongest]
         lefts = draw_row(axes, test.images[strongest], titles, 7, cmap="gray", vmin=0, vmax=255)
         for i, left in zip(strongest, lefts):
             row, column = divmod(places[i, best], 14)
-            corner = (left + 3 * column - 2, 3 * row - 2)  # the first convolution reaches 2 beyond
-            axes.add_patch(Rectangle(corner, 14, 14, fill=False, color=SKY_BLUE, linewidth=2))
-    figure.suptitle("What excites filters of the second convolution most: for each emotion the\n"
-                    "filter that tells it best, and above each image its own label", size=13)
+            # Row r sees the pooled rows r to r + 2.  They see 3 r to 3 r + 9 of the first
+            # convolution, which sees two pixels more on each side; columns likewise.
+            x, y = max(3 * column - 2, 0), max(3 * row - 2, 0)
+            width, height = min(3 * column + 12, SIZE) - x, min(3 * row + 12, SIZE) - y
+            axes.add_patch(Rectangle((left + x, y), width, height, fill=False, color=SKY_BLUE,
+                                     linewidth=2, clip_on=False))
+    figure.suptitle("What excites filters of the second convolution most: for each emotion, the\n"
+                    "filter that best tells it apart; above each image, its own label", size=13)
 
 
 @matplotlib.style.context(PLOT_STYLE)
@@ -1169,8 +1204,8 @@ def find_faces(photo, detector):
     """Find the faces in a photo (PIL image) and frame them as FER-2013 frames its faces.
 
     Returns boxes (left, top, right, bottom; pixels) from left to right, which may reach beyond
-    the photo.  It is one box, the whole photo, where that is a crop of one face already or there is
-    no detector.
+    the photo.  Returns the whole photo as the only box where it is the crop of a face already, or
+    there is no detector.
     Detector: MTCNN, Zhang et al. (2016), arXiv:1604.02878.
     """
     whole_photo = (0, 0, *photo.size)
@@ -1230,7 +1265,8 @@ def read_photo(path, detector):
 def classify_photos(photos, model, emotions):
     """Return the faces of photos, from left to right: a list for each photo.
 
-    All are classified together, which takes less time than one after another.
+    All are classified together: the faces of four photos in one call take 14 ms each, one by one
+    18 ms (tests/measure/photo_speed.py).
     """
     if not any(photo.boxes for photo in photos):
         return [[] for _ in photos]
@@ -1251,18 +1287,21 @@ def occlusion_map(model, face, label):
     """Return how much the parts of a face speak for an emotion (48 x 48).
 
     Takes the face as the network sees it (uint8, 48 x 48 x 1) and the index of the emotion.  A
-    square of the face's mean grey, 8 pixels wide, covers it in 121 places.  The value of a pixel is
-    by how much the emotion's probability falls, on average over the squares that cover the pixel.
+    square of the face's mean grey, 8 pixels wide, covers it in 11 x 11 places, 4 pixels apart.  The
+    value of a pixel is by how much the emotion's probability falls, on average over the squares
+    that cover the pixel.  It is the probability of one view, the face as it is.
     Zeiler and Fergus (2014), arXiv:1311.2901; tests/measure/heat_maps.py compares it with Grad-CAM.
     """
+    face = face.astype("float32")
     corners = [(top, left) for top in range(0, SIZE - 7, 4) for left in range(0, SIZE - 7, 4)]
-    covered = np.repeat(face[np.newaxis].astype("float32"), len(corners) + 1, axis=0)
-    for image, (top, left) in zip(covered, corners):  # and the last one stays as it is
+    covered = np.repeat(face[np.newaxis], len(corners), axis=0)
+    for image, (top, left) in zip(covered, corners):
         image[top:top + 8, left:left + 8] = face.mean()
-    *of_covered, of_face = model.predict_on_batch(covered)[:, label]
+    probability = model.predict_on_batch(face[np.newaxis])[0, label]
+    probabilities = model.predict_on_batch(covered)[:, label]
     falls, squares = np.zeros((SIZE, SIZE)), np.zeros((SIZE, SIZE))
-    for probability, (top, left) in zip(of_covered, corners):
-        falls[top:top + 8, left:left + 8] += of_face - probability
+    for fall, (top, left) in zip(probability - probabilities, corners):
+        falls[top:top + 8, left:left + 8] += fall
         squares[top:top + 8, left:left + 8] += 1
     return falls / squares
 
@@ -1277,7 +1316,7 @@ def print_faces(heading, faces):
     """Print a line for each face of a photo."""
     for number, face in enumerate(faces, 1):
         shares = [f"{emotion} {share:.1%}" for emotion, share in face.probabilities.items()]
-        print(f"{heading}, face {number}: {face.emotion} {face.confidence:.1%}  "
+        print(f"{one_line(heading)}, face {number}: {face.emotion} {face.confidence:.1%}  "
               f"({', '.join(shares)})", flush=True)
 
 
@@ -1297,12 +1336,13 @@ def draw_scene(axes, photo, faces):
     axes.set_axis_off()
     axes.autoscale(False)
     labels = []
-    for number, face in enumerate(faces, 1):
+    names = short_names(face.emotion for face in faces)
+    for number, (name, face) in enumerate(zip(names, faces), 1):
         if face.box == (0, 0, width, height):  # the photo is all face
             continue
         left, top, right, bottom = face.box
         axes.plot((left, right, right, left, left), (top, top, bottom, bottom, top), SKY_BLUE)
-        labels.append(axes.text(max(left, 0), max(top, 0), f"{number} {face.emotion}", size=11,
+        labels.append(axes.text(max(left, 0), max(top, 0), f"{number} {name}", size=11,
                                 va="bottom", backgroundcolor=SKY_BLUE))
     return labels
 
@@ -1325,7 +1365,8 @@ def draw_photo(photo, faces, heat_maps, path):
     for number, (face, crop, heat_map) in enumerate(zip(faces, photo.crops, heat_maps), 1):
         seen = figure.add_subplot(grid[number, 0], **BARE)
         marked = figure.add_subplot(grid[number, 1], **BARE)
-        seen.set_ylabel(f"{number} {face.emotion}", rotation=0, ha="right", va="center")
+        seen.set_ylabel(f"{number} {short_names([face.emotion])[0]}", rotation=0, ha="right",
+                        va="center")
         for axes in seen, marked:
             axes.imshow(crop, cmap="gray", vmin=0, vmax=255)
         strongest = max(heat_map.max(), 0.01)  # a fall by less than a hundredth is none
@@ -1335,7 +1376,7 @@ def draw_photo(photo, faces, heat_maps, path):
             marked.set_title("speaks for it", size=11)
     table = figure.add_subplot(grid[1:, 2])
     shares = np.array([list(face.probabilities.values()) for face in faces])
-    draw_shares(table, shares, [""] * len(faces), list(faces[0].probabilities))
+    draw_shares(table, shares, [""] * len(faces), short_names(faces[0].probabilities))
     table.set_yticks([])
     shorten_overlapping(labels, figure)
     figure.savefig(path, dpi=100)
@@ -1361,7 +1402,7 @@ def report_photo(photo, faces, heading, model, picture, as_json):
 
 
 @contextlib.contextmanager
-def others_come_next(path, failed):
+def report_problem(path, failed):
     """If something goes wrong with a photo, print a line and append its path to `failed`."""
     try:
         yield
@@ -1376,7 +1417,7 @@ def others_come_next(path, failed):
 
 
 def stop_if_pressed(pressed, done, photos):
-    """Raise KeyboardInterrupt if Ctrl-C was pressed: so many photos of all are done."""
+    """Raise KeyboardInterrupt if Ctrl-C was pressed; `done` of the photos are done."""
     if pressed.is_set():
         raise KeyboardInterrupt(f"interrupted; photos done: {done} of {photos}")
 
@@ -1412,11 +1453,11 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
     failed = []
     faces_found = 0
     with delayed_interrupt() as pressed:
-        for first in range(0, len(photos), 4):  # four at a time: see `classify_photos`
+        for first in range(0, len(photos), 4):  # more would take more memory, and Ctrl-C longer
             group = []
             for number, path in photos[first:first + 4]:
                 stop_if_pressed(pressed, first, len(photos))
-                with others_come_next(path, failed):
+                with report_problem(path, failed):
                     group.append((number, read_photo(path, detector)))
             faces_of_photos = classify_photos([photo for _, photo in group], model, emotions)
             for (number, photo), faces in zip(group, faces_of_photos):
@@ -1425,7 +1466,7 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
                 faces_found += len(faces)
                 name = photo.path.stem[:50]  # a file's name may have 255 bytes at most
                 picture = pictures / f"{number}_{name}.emotions.jpg"
-                with others_come_next(photo.path, failed):
+                with report_problem(photo.path, failed):
                     report_photo(photo, faces, heading, model, picture, as_json)
     if faces_found and not as_json:
         print(f"\nPictures saved in {pictures}", flush=True)
@@ -1629,12 +1670,12 @@ def lock_run(run_dir):
     is in it.
     """
     try:
-        is_own = any(os.path.exists(run_dir / name) for name in ("lock", CHECKPOINT))
+        is_own = any(os.path.exists(run_dir / name) for name in (LOCK, CHECKPOINT))
         if not is_own and run_dir.is_dir() and any(run_dir.iterdir()):
             raise InputError(f"{run_dir} holds something that is not of this script: name another "
                              "--output-dir")
         run_dir.mkdir(parents=True, exist_ok=True)
-        return FileLock(run_dir / "lock").acquire(timeout=0)  # the system drops it with the process
+        return FileLock(run_dir / LOCK).acquire(timeout=0)  # the system drops it with the process
     except Timeout as error:
         raise InputError(f"{run_dir} is in use by another run: name another --output-dir"
                          ) from error
@@ -1691,7 +1732,7 @@ def delete_run(run_dir):
     """Delete the folder of an unfinished run, but nothing in it that is not of the script."""
     shutil.rmtree(run_dir / "faces", ignore_errors=True)
     with contextlib.suppress(OSError):  # it was moved meanwhile, or something else is in it
-        for name in (*RESULTS, Path(CHECKPOINT).with_suffix(".part"), "lock"):
+        for name in (*RESULTS, Path(CHECKPOINT).with_suffix(".part"), LOCK):
             Path(run_dir, name).unlink(missing_ok=True)
         run_dir.rmdir()
 
@@ -1736,7 +1777,7 @@ def finish_run(run_dir, output_dir):
 
 if __name__ == "__main__":
     started = time.perf_counter()
-    warnings.filterwarnings("ignore", module="matplotlib")  # of letters that its font lacks
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # Matplotlib's font lacks some letters
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that a terminal lacks
     with errors_in_one_line():

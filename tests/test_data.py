@@ -204,6 +204,7 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
             "CMYK.jpg": encode(grey.convert("CMYK"), "JPEG", quality=100),
             "16 bits.png": encode(deep, "PNG"), "16 bits.tif": encode(deep, "TIFF"),
             "16 bits of a scanner.tif": encode(big_endian, "TIFF"),
+            "from 0 to 1.tif": encode(Image.new("F", (48, 48), 90 / 255), "TIFF"),
             "32 bits, up to 255.tif": encode(Image.new("I", (48, 48), 90), "TIFF"),
             "transparency.png": encode(grey.convert("LA"), "PNG"),
             "malformed Exif.png": encode(grey, "PNG", **malformed),
@@ -216,8 +217,8 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
         (tmp_path / "train/sad" / name).write_bytes(contents)
     training = script.load_data(tmp_path, 2, 0).training
     output, errors = capfd.readouterr()
-    assert "15 training, 7 validation and 7 test images" in output and errors == ""
-    assert len(training.labels) == 15
+    assert "16 training, 7 validation and 7 test images" in output and errors == ""
+    assert len(training.labels) == 16
 
 
 def test_photos_of_200_megapixels_are_read_and_larger_ones_named(tmp_path):
