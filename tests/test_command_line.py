@@ -239,7 +239,8 @@ def test_every_link_and_picture_is_there(name):
     for link in links:
         path, _, heading = link.partition("#")
         assert ((ROOT / name).parent / path).exists(), link
-        assert not heading or f"# {heading.capitalize()}" in (ROOT / path).read_text(), link
+        title = heading.replace("-", " ").capitalize()
+        assert not heading or f"# {title}" in (ROOT / path).read_text(), link
     for path in re.findall(r"python (tests/\S+\.py)", text):
         assert (ROOT / path).exists(), path
 

@@ -75,7 +75,7 @@ def test_predictions_are_those_of_the_evaluation(whole_run, small_dataset, tmp_p
     assert list(faces[0]["probabilities"]) == EMOTIONS and faces[0]["face"] == 1
 
 
-def test_photos_from_the_command_line(trained, astronaut, tmp_path):
+def test_photos_from_the_command_line(trained, astronaut, tmp_path, run_here):
     """A line per face, a picture per photo; a bad photo does not stop the others."""
     shutil.copytree(trained, tmp_path / "output")
     (tmp_path / "album/deep").mkdir(parents=True)
@@ -88,7 +88,7 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
     script.draw_face("happy", np.random.default_rng(0)).save(tmp_path / "album/deep/pair.jpg")
     Image.fromarray(skimage.data.brick()).save(tmp_path / "wall.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "album/pair.png").read_bytes()[:9000])
-    process = run("--predict", "cut.png", "album", "wall.png", "gone.png", cwd=tmp_path)
+    process = run_here("--predict", "cut.png", "album", "wall.png", "gone.png", cwd=tmp_path)
     assert process.returncode == 2, process.stderr
     *rows, last = [line for line in process.stdout.splitlines() if line]
     for row, face in zip(rows, ["2/5 album/deep/pair.jpg, face 1: ", "3/5 album/pair.png, face 1: ",
@@ -451,11 +451,12 @@ def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
     assert predict([face], "output", capsys, detect=False) == (True, [found], "")
 
 
-def test_network_in_docs_knows_a_happy_face_and_is_the_one_of_its_figures(astronaut, tmp_path):
+def test_network_in_docs_knows_a_happy_face_and_is_the_one_of_its_figures(
+        astronaut, tmp_path, run_here):
     """Without FER-2013: its figures agree with the file, its epochs and with one another."""
     astronaut.save(tmp_path / "astronaut.png")
     network, = ROOT.glob(f"docs/runs/*/{script.NETWORK}")
-    process = run("--predict", "astronaut.png", "--json", cwd=tmp_path)
+    process = run_here("--predict", "astronaut.png", "--json", cwd=tmp_path)
     assert process.returncode == 0
     assert process.stderr == f"no network in output yet: predicting with {network}\n"
     assert json.loads(process.stdout)["emotion"] == "happy"
