@@ -1059,13 +1059,18 @@ def draw_first_filters(figure, kernels):
     figure.suptitle("Filters of the first convolution", size=13)
 
 
+def convolutions(model):
+    """Return the first and the second convolution of the network of `create_CNN`."""
+    return [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
+
+
 def strongest_places(model, images):
     """Return the highest activation of each filter of the second convolution in each image.
 
     Takes images (n x 48 x 48 x 1).  Returns two arrays (n x filters): the maximum over all places,
     before pooling, and its place: row * 14 + column.
     """
-    _, second = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
+    _, second = convolutions(model)
     convolution = keras.Model(model.inputs, second.output)
     maxima, places = [], []
     for first in range(0, len(images), 128):
@@ -1112,7 +1117,7 @@ def plot_filters(model, test, emotions, output_dir):
 
     Takes the test data and the emotions of `load_data`.
     """
-    first, _ = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
+    first, _ = convolutions(model)
     kernels = np.asarray(first.kernel)[:, :, 0].transpose(2, 0, 1)
     height_below = 0.6 + 1.45 * len(np.unique(test.labels))  # inches
     figure = Figure(figsize=(10, 3.6 + height_below), layout="constrained")

@@ -41,7 +41,7 @@ class Oracle:
 
 
 @pytest.fixture
-def in_python(monkeypatch):
+def in_python():
     """Let what stands in for a network be called anew each time, and not traced by TensorFlow."""
     tf.config.run_functions_eagerly(True)
     yield
@@ -254,7 +254,7 @@ def test_first_filters_are_drawn_in_the_order_of_their_kinds():
 def test_second_filters_are_shown_with_what_excites_them_most():
     """One filter is made to look for a bright spot, which happy images have; none is surprised."""
     model = script.create_CNN(7)
-    first, second = (layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D))
+    first, second = script.convolutions(model)
     middle = np.zeros((5, 5, 1, 32), "float32")
     middle[2, 2, 0, 0] = 1
     first.set_weights([middle])

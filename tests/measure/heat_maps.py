@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import emotion_recognition_cnn as script  # noqa: E402
-import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 COVERED = script.SIZE**2 // 10  # pixels
@@ -34,15 +33,15 @@ def gradient_of_second_convolution(model, image, label):
 
     Both are 14 x 14 x filters.
     """
-    numbers = [number for number, layer in enumerate(model.layers)
-               if isinstance(layer, keras.layers.Conv2D)]
+    _, second = script.convolutions(model)
+    after_second = model.layers.index(second) + 1
     maps = tf.convert_to_tensor(image[np.newaxis].astype("float32"))
-    for layer in model.layers[:numbers[1] + 1]:
+    for layer in model.layers[:after_second]:
         maps = layer(maps)
     with tf.GradientTape() as tape:
         tape.watch(maps)
         output = maps
-        for layer in model.layers[numbers[1] + 1:]:
+        for layer in model.layers[after_second:]:
             output = layer(output)
         logarithm = tf.math.log(output[0, label])
     return maps[0].numpy(), tape.gradient(logarithm, maps)[0].numpy()
