@@ -41,7 +41,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # without AVX-512, TensorFlow leaves it off
 
-# TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL: stderr is closed meanwhile.
+# TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL: stderr leads nowhere meanwhile.
 stderr = os.dup(2)
 with open(os.devnull, "w") as devnull:
     os.dup2(devnull.fileno(), 2)
@@ -698,45 +698,38 @@ def plot_filters(model, data, output_dir):
     """
     first, second = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
     kernels = np.asarray(first.kernel)[:, :, 0].transpose(2, 0, 1)
-    kernels /= np.abs(kernels).max(axis=(1, 2), keepdims=True) + 1e-7
-    kernels = np.pad(kernels, ((0, -len(kernels) % 11), (0, 1), (0, 1)), constant_values=np.nan)
-    rows = [np.hstack(kernels[first:first + 11]) for first in range(0, len(kernels), 11)]
+    rows = math.ceil(len(kernels) / 16)
     present = np.unique(data.test.labels)
-    heights = 0.6 + len(rows), 0.6 + 1.45 * len(present)  # inches
-    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
-    above, below = figure.subfigures(2, height_ratios=heights)
-    above.suptitle("Filters of the first convolution", size=13)
-    axes = above.subplots(subplot_kw=BARE)
-    drawn = axes.imshow(np.vstack(rows), cmap="RdBu_r", vmin=-1, vmax=1)
-    scale = above.colorbar(drawn, ax=axes, shrink=0.8, ticks=(-1, 0, 1))
-    scale.set_label("weight, as part\nof the largest", size=11)
+    figure = Figure(figsize=(10, 1.2 + 0.7 * rows + 1.45 * len(present)), layout="constrained")
+    above, below = figure.subfigures(2, height_ratios=(0.6 + 0.7 * rows, 0.6 + 1.45 * len(present)))
+    above.suptitle("Filters of the first convolution, each as part of its largest weight", size=13)
+    grid = above.subplots(rows, 16, subplot_kw=BARE)
+    for axes, kernel in zip(grid.flat, kernels):
+        weights = axes.imshow(kernel / np.abs(kernel).max(), cmap="RdBu_r", vmin=-1, vmax=1)
+    above.colorbar(weights, ax=grid, ticks=(-1, 0, 1)).ax.tick_params(labelsize=10)
 
+    below.suptitle("What excites filters of the second convolution most: for each emotion, the\n"
+                   "filter that best tells it apart; above each image, its own label", size=13)
     maps = keras.Model(model.inputs, second.output)
     strongest = keras.Model(model.inputs, layers.GlobalMaxPooling2D()(second.output))
     maxima = strongest.predict(data.test.images, batch_size=128, verbose=0)  # n x filters
     size, step, start = receptive_field(model, second)
-    below.suptitle("What excites filters of the second convolution most: for each emotion, the\n"
-                   "filter that best tells it apart; above each image, its own label", size=13)
-    for axes, label in zip(below.subplots(len(present), subplot_kw=BARE, squeeze=False)[:, 0],
-                           present):
+    grid = below.subplots(len(present), 7, subplot_kw=BARE, squeeze=False)
+    for label, axes_of_row in zip(present, grid):
         # The mean over the emotion's images less that over all, in standard deviations.
         lead = maxima[data.test.labels == label].mean(axis=0) - maxima.mean(axis=0)
         best = np.argmax(lead / (maxima.std(axis=0) + 1e-7))
-        axes.set_ylabel(f"{data.emotions[label]}\nfilter {best}", size=11)
-        shown = data.test.images[np.argsort(-maxima[:, best], kind="stable")[:7]]
-        labels = data.test.labels[np.argsort(-maxima[:, best], kind="stable")[:7]]
-        for number, excited in enumerate(maps.predict_on_batch(shown)[..., best]):
-            left = 1.15 * SIZE * number
-            axes.imshow(shown[number], cmap="gray", vmin=0, vmax=255,
-                        extent=(left, left + SIZE, SIZE, 0))
-            axes.text(left + SIZE / 2, 0, data.emotions[labels[number]], size=10, ha="center",
-                      va="bottom")
-            place = np.array(np.unravel_index(excited.argmax(), excited.shape))
-            y, x = np.clip(start + step * place, 0, SIZE)
-            bottom, right = np.clip(start + step * place + size, 0, SIZE)
-            axes.add_patch(Rectangle((left + x, y), right - x, bottom - y, fill=False,
+        axes_of_row[0].set_ylabel(f"{data.emotions[label]}\nfilter {best}", size=11)
+        shown = np.argsort(-maxima[:, best], kind="stable")[:7]
+        excited = maps.predict_on_batch(data.test.images[shown])[..., best]
+        for axes, i, places in zip(axes_of_row, shown, excited):
+            axes.imshow(data.test.images[i], cmap="gray", vmin=0, vmax=255)
+            axes.set_title(data.emotions[data.test.labels[i]], size=10)
+            # Pixels reach from half below their number to half above it.
+            place = start + step * np.array(np.unravel_index(places.argmax(), places.shape))
+            (top, left), (bottom, right) = np.clip((place, place + size), 0, SIZE) - 0.5
+            axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False,
                                      color=SKY_BLUE, linewidth=2, clip_on=False))
-        axes.set(xlim=(0, 7.9 * SIZE), ylim=(SIZE, 0))
     with whole_file(Path(output_dir, "filters.png")) as part:
         figure.savefig(part)
 
@@ -940,7 +933,7 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
         network = Path(__file__).resolve().parent / "docs" / "runs" / "88-0" / NETWORK
         print(f"no network in {output_dir} yet: predicting with {network}", file=sys.stderr)
     model, emotions = load_network(network)
-    photos = find_photos(paths)
+    photos, pictures = find_photos(paths), Path(output_dir, "predictions")
     all_well = True
     for number, path in enumerate(photos, 1):
         try:
@@ -962,9 +955,9 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
                 print(f"{number}/{len(photos)} {path}, face {face['face']}: {face['emotion']} "
                       f"{face['confidence']:.1%}  ({shares})")
             picture = f"{number}_{path.stem[:50]}.emotions.jpg"  # a name may have 255 bytes
-            draw_photo(photo, faces, model, Path(output_dir, "predictions", picture))
-    if not as_json:
-        print(f"\nPictures are in {Path(output_dir, 'predictions')}")
+            draw_photo(photo, faces, model, pictures / picture)
+    if pictures.exists() and not as_json:
+        print(f"\nPictures are in {pictures}")
     return all_well
 
 
@@ -1161,7 +1154,8 @@ if __name__ == "__main__":
         if options.resume:
             state, _ = load_checkpoint(checkpoint)
             settings = state["settings"]
-            settings["data_dir"] = options.data_dir or settings["data_dir"]
+            if options.data_dir:  # it was moved
+                settings["data_dir"] = os.path.abspath(options.data_dir)
             started -= sum(state["history"].get("seconds", []))
         elif checkpoint.parent.exists():
             raise InputError(f"{checkpoint.parent} holds an unfinished run: go on with it with "

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -48,19 +49,27 @@ def run(*arguments, cwd, **environment):
 
 @pytest.fixture
 def run_here(monkeypatch, capfd):
-    """Return `run` that runs the script in this process, which has TensorFlow already."""
+    """Return `run` that runs the script in this process, which has TensorFlow already.
+
+    What a program of its own changes in its process is as before afterwards.
+    """
     def run_here(*arguments, cwd):
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        script.fastest_precision()  # TensorFlow looks for GPUs once in a process, and talks of it
+        script.find_hardware()  # TensorFlow looks for GPUs once in a process, and talks of it
         capfd.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        finally:
-            keras.config.set_dtype_policy("float32")
+        handler, status = signal.getsignal(signal.SIGINT), 0
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+            patch.setattr(os, "_exit", sys.exit)  # how it ends at Ctrl-C
+            patch.setenv("MPLBACKEND", "agg")
+            patch.delitem(sys.modules, "IPython", raising=False)
+            try:
+                runpy.run_path(str(SCRIPT), run_name="__main__")
+            except SystemExit as end:
+                status = end.code or 0
+            finally:
+                signal.signal(signal.SIGINT, handler)
+                keras.config.set_dtype_policy("float32")
         return subprocess.CompletedProcess(sys.argv, status, *capfd.readouterr())
 
     return run_here

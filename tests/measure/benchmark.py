@@ -7,9 +7,9 @@ The precision is the one that the script chooses on this machine, or that of --p
 Each contender trains in a process of its own; they take turns, round by round, so that a noisy
 machine is as noisy for all.  All have the script's network, batch size and optimiser:
 
-  script             the script's own pipeline: images in memory, augmented by ImageDataGenerator
-                     in two threads
-  ceiling            the same network and precision on images in memory, nothing augmented
+  script             the script's own loop: images in memory, augmented by augmented_batches; what
+                     the drawing of an epoch's transforms takes is counted into each step
+  ceiling            the same network, precision and loop on images in memory, nothing augmented
   plain Keras        what tutorials write: flow_from_directory, the same augmentation, default
                      compile, float32
   PyTorch eager      float32, images in memory, nothing augmented
@@ -24,7 +24,9 @@ benchmark_pytorch.py.  Peak memory is that of the process that trains, without t
 
 import argparse
 import importlib.util
+import itertools
 import json
+import math
 import os
 import platform
 import resource
@@ -39,47 +41,54 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import emotion_recognition_cnn as script  # noqa: E402
 import keras  # noqa: E402
+import numpy as np  # noqa: E402
 
-SETTINGS = script.Settings()
-WARM_UP = 10  # steps at the start of a round that are not counted
+WARM_UP = 10  # steps at the start of an epoch that are not counted
 
 
 def keras_contender(name, data_dir, precision):
-    """Return a function that trains for some steps and gives the times at which each ended.
+    """Return a function that trains for some steps of an epoch and gives the time each ended at.
 
-    Returns, too, how many steps it can train for at most.
+    Returns, too, how many whole steps an epoch has.
     """
-    keras.utils.set_random_seed(SETTINGS.seed)
+    keras.utils.set_random_seed(0)
     if name == "plain Keras":
         generator = script.ImageDataGenerator(**script.AUGMENTATION)
-        training = generator.flow_from_directory(
+        batches = generator.flow_from_directory(
             Path(data_dir, "train"), target_size=(script.SIZE, script.SIZE),
-            color_mode="grayscale", class_mode="sparse", batch_size=SETTINGS.batch_size)
-        images, classes = training.samples, training.num_classes
+            color_mode="grayscale", class_mode="sparse", batch_size=script.BATCH_SIZE)
+        images, classes, weights = batches.samples, batches.num_classes, None
     else:
         keras.config.set_dtype_policy(precision)
-        emotions, training, _, _ = script.load_data(data_dir)
-        images, classes = len(training.images), len(emotions)
-    data = {"x": training}
-    if name == "ceiling":
-        data = {"x": training.images, "y": training.labels, "batch_size": SETTINGS.batch_size}
-    model = script.create_CNN(classes, SETTINGS.dropout)
-    model.compile(keras.optimizers.AdamW(SETTINGS.learning_rate),
-                  "sparse_categorical_crossentropy", metrics=["accuracy"])
+        data = script.load_data(data_dir)
+        images, classes = len(data.training.images), len(data.emotions)
+        weights = script.class_weights(data.training.labels)
+        order = np.random.permutation(images)
+        batches = script.in_batches((data.training.images[order], data.training.labels[order]),
+                                    script.BATCH_SIZE).prefetch(2)
+    model = script.create_CNN(classes)
+    model.compile(keras.optimizers.AdamW(script.LEARNING_RATE), "sparse_categorical_crossentropy",
+                  metrics=["accuracy"])
+    epoch = itertools.count()
 
     def train(steps):
         times = []
-        drawing = 0
-        if name == "script":  # the start of an epoch draws its transforms: each step has its share
+        of_epoch, drawing = batches, 0
+        if name == "script":
             start = time.time()
-            training.start_epoch(0)
-            drawing = (time.time() - start) / len(training)
-        model.fit(**data, steps_per_epoch=steps, verbose=0, callbacks=[
-            keras.callbacks.LambdaCallback(
-                on_train_batch_end=lambda batch, logs: times.append(time.time()))])
+            of_epoch = script.augmented_batches(data, script.BATCH_SIZE, [0, next(epoch)])
+            drawing = (time.time() - start) * script.BATCH_SIZE / images  # of one step
+        model.fit(of_epoch, steps_per_epoch=steps, class_weight=weights, shuffle=False, verbose=0,
+                  callbacks=[keras.callbacks.LambdaCallback(
+                      on_train_batch_end=lambda batch, logs: times.append(time.time()))])
         return [moment + step * drawing for step, moment in enumerate(times)]
 
-    return train, images // SETTINGS.batch_size
+    return train, images // script.BATCH_SIZE
+
+
+def counted(times):
+    """Return how many of an epoch's steps count, and the seconds that they took."""
+    return len(times) - 1 - WARM_UP, times[-1] - times[WARM_UP]
 
 
 def contend(name, data_dir, precision, seconds):
@@ -91,15 +100,18 @@ def contend(name, data_dir, precision, seconds):
         contender = pytorch_contender
     train, most = contender(name, data_dir, precision)
     times = train(min(most, 2 * WARM_UP))
-    step = (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP)
-    steps = min(most, WARM_UP + max(10, round(seconds / step)))
     print(json.dumps({"first_batch": times[0]}), file=answers, flush=True)
+    number, duration = counted(times)
+    steps = max(2 * WARM_UP, round(seconds * number / duration))
+    epochs = math.ceil(steps / (most - WARM_UP))
     for _ in sys.stdin:
-        times = train(steps)
-        rate = (steps - 1 - WARM_UP) * SETTINGS.batch_size / (times[-1] - times[WARM_UP])
+        of_epochs = [counted(train(min(most, WARM_UP + math.ceil(steps / epochs))))
+                     for _ in range(epochs)]
+        numbers, durations = zip(*of_epochs)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak /= 2**20 if platform.system() == "Darwin" else 2**10  # bytes there, KiB here
-        print(json.dumps({"rate": rate, "peak": peak}), file=answers, flush=True)
+        print(json.dumps({"rate": script.BATCH_SIZE * sum(numbers) / sum(durations),
+                          "peak": peak}), file=answers, flush=True)
 
 
 def start_contender(name, data_dir, precision, seconds):
@@ -165,7 +177,8 @@ def main():
         contend(options.contender, options.data_dir, options.precision, options.seconds)
         return
 
-    precision = options.precision or script.fastest_precision()
+    processor, fastest = script.find_hardware()
+    precision = options.precision or fastest
     names = ["script", "ceiling", "plain Keras"]
     if importlib.util.find_spec("torch"):
         names += ["PyTorch eager", "PyTorch tuned", "PyTorch augmented"]
@@ -174,7 +187,7 @@ def main():
             script.draw_faces(drawings, 0)
         rates, peak, first_batch = compare(names, options.data_dir or drawings, precision,
                                            options.rounds, options.seconds)
-    print(f"\n{script.processor_name()}, {precision}, batch size {SETTINGS.batch_size}, "
+    print(f"\n{processor}, {precision}, batch size {script.BATCH_SIZE}, "
           f"{options.rounds} rounds of {options.seconds:.0f} s\n")
     print_table(rates, peak, first_batch)
 

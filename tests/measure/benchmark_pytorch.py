@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-SETTINGS = script.Settings()
-
 
 # --- Network --------------------------------------------------------------------------------------
 class FilterNorm(nn.LayerNorm):
@@ -19,11 +17,8 @@ class FilterNorm(nn.LayerNorm):
         return super().forward(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def layer_normalization(layer):
-    height, width, channels = layer.output.shape[1:]
-    if len(layer.axis) == 3:  # across the image, or else across the filters
-        return nn.LayerNorm([channels, height, width], layer.epsilon, elementwise_affine=False)
-    return FilterNorm(channels, layer.epsilon)
+def group_normalization(layer):
+    return nn.GroupNorm(layer.groups, layer.input.shape[-1], layer.epsilon, affine=layer.scale)
 
 
 def convolution(layer):
@@ -49,7 +44,8 @@ def dense(layer):  # the softmax is part of PyTorch's cross-entropy
 
 
 IN_PYTORCH = {
-    "LayerNormalization": layer_normalization,
+    "GroupNormalization": group_normalization,
+    "LayerNormalization": lambda layer: FilterNorm(layer.input.shape[-1], layer.epsilon),
     "Conv2D": convolution,
     "MaxPooling2D": pooling,
     "BatchNormalization": batch_normalization,
@@ -70,26 +66,24 @@ def in_pytorch(model):
 class AugmentedImages(torch.utils.data.Dataset):
     """Images (float32, 1 x 48 x 48) and labels, augmented by the script's ImageDataGenerator."""
 
-    def __init__(self, training):
-        self.images = training.images
-        self.labels = training.labels
-        self.generator = training.generator
+    def __init__(self, data):
+        self.images, self.labels, _ = data.training
+        self.generator = data.augmentation
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        image = self.generator.random_transform(self.images[index])
-        image = self.generator.standardize(image.astype("float32"))
+        image = self.generator.random_transform(self.images[index].astype("float32"))
         return np.moveaxis(image, 2, 0), self.labels[index]
 
 
-def augmented_batches(training):
+def augmented_batches(data):
     """Return a function that gives some batches, which two processes augment meanwhile."""
     # Spawned, as a forked process would inherit TensorFlow's threads, and may wait for them for
     # ever.  random_transform draws from NumPy's global numbers: PyTorch seeds them in each process.
     loader = torch.utils.data.DataLoader(
-        AugmentedImages(training), SETTINGS.batch_size, shuffle=True, drop_last=True,
+        AugmentedImages(data), script.BATCH_SIZE, shuffle=True, drop_last=True,
         num_workers=2, multiprocessing_context="spawn", persistent_workers=True)
     return lambda steps: itertools.islice(loader, steps)
 
@@ -101,8 +95,8 @@ def batches_from_memory(training, memory_format):
     labels = torch.from_numpy(training.labels)
 
     def batches(steps):
-        order = torch.randperm(len(labels))[: steps * SETTINGS.batch_size]
-        for chosen in order.split(SETTINGS.batch_size):
+        order = torch.randperm(len(labels))[: steps * script.BATCH_SIZE]
+        for chosen in order.split(script.BATCH_SIZE):
             yield images[chosen], labels[chosen]
 
     return batches
@@ -111,16 +105,16 @@ def batches_from_memory(training, memory_format):
 # --- Training -------------------------------------------------------------------------------------
 def pytorch_contender(name, data_dir, precision):
     """As `keras_contender` in benchmark.py."""
-    torch.manual_seed(SETTINGS.seed)
+    torch.manual_seed(0)
     data = script.load_data(data_dir)
     tuned = name != "PyTorch eager"
     memory_format = torch.channels_last if tuned else torch.contiguous_format
-    model = in_pytorch(script.create_CNN(len(data.emotions), SETTINGS.dropout))
+    model = in_pytorch(script.create_CNN(len(data.emotions)))
     model = model.to(memory_format=memory_format)
-    optimizer = torch.optim.AdamW(model.parameters(), SETTINGS.learning_rate, fused=tuned)
+    optimizer = torch.optim.AdamW(model.parameters(), script.LEARNING_RATE, fused=tuned)
     bfloat16 = tuned and precision == "mixed_bfloat16"
     if name == "PyTorch augmented":
-        batches = augmented_batches(data.training)
+        batches = augmented_batches(data)
     else:
         batches = batches_from_memory(data.training, memory_format)
 
@@ -135,4 +129,4 @@ def pytorch_contender(name, data_dir, precision):
             times.append(time.time())
         return times
 
-    return train, len(data.training.labels) // SETTINGS.batch_size
+    return train, len(data.training.labels) // script.BATCH_SIZE
