@@ -6,8 +6,8 @@
 
 The network is two convolution blocks, flatten, two dense layers.  Its best epoch is chosen on the
 PublicTest images and evaluated once on the PrivateTest images: after 44 epochs, the default, 70.2 %
-of them are classified correctly (mean of three seeds, two processor cores, an hour or less; see
-docs/RESULTS.md).  Plots, scores and the network are left in output/.
+of them are classified correctly (mean of three seeds, two processor cores; see docs/RESULTS.md).
+Plots, scores and the network are left in output/.
 
 FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arXiv:1307.0414.
 """
@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -33,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# A program of its own: not imported, nor run inside a notebook with %run.
+# Run as a program: not imported, nor run in a notebook with %run.  Keras itself imports IPython.
 IS_PROGRAM = __name__ == "__main__" and "IPython" not in sys.modules
 if IS_PROGRAM:
     os.environ["MPLBACKEND"] = "agg"  # Jupyter names its own to all programs that it starts
@@ -42,7 +41,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # without AVX-512, TensorFlow leaves it off
 
 # TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL: stderr leads nowhere meanwhile.
-stderr = os.dup(2)
+stderr_copy = os.dup(2)
 with open(os.devnull, "w") as devnull:
     os.dup2(devnull.fileno(), 2)
 try:
@@ -58,16 +57,16 @@ try:
     from PIL import Image, ImageDraw, ImageOps
     from tensorflow.keras.preprocessing.image import ImageDataGenerator
 finally:
-    os.dup2(stderr, 2)
-    os.close(stderr)
+    os.dup2(stderr_copy, 2)
+    os.close(stderr_copy)
 
 tf.get_logger().setLevel("ERROR")  # it warns when several networks are traced, one after another
-# What a user's own keras.json may have changed.
+# A user's keras.json may say otherwise.
 keras.config.set_image_data_format("channels_last")
 keras.config.set_floatx("float32")
 
 SIZE = 48  # pixels: height and width of the images of FER-2013
-# Of ImageDataGenerator, for training images alone; any of its affine transforms are possible.
+# Arguments of ImageDataGenerator, for the training images alone; those in AFFINE are possible.
 AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_range": 0.1,
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_range",
@@ -75,15 +74,16 @@ AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_ran
 EPOCHS = 44
 BATCH_SIZE = 128
 LEARNING_RATE = 0.006
+PROGRESS = 1 if sys.stdout.isatty() else 2  # of Keras: a bar on a terminal, else a line per epoch
 
 NETWORK = "emotion_recognition_cnn.keras"
 CHECKPOINT = "checkpoint.npz"
 
 register_heif_opener()  # .heic, as iPhones write; Pillow itself reads .jpg, .png, .webp, many more
-# Pillow knows videos and tables of numbers, too, but cannot read them.
+# Pillow recognises videos and scientific data, too, but cannot decode them.
 IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items()
                  if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")}
-# Pillow refuses what is twice as large: phones take photos of 200 megapixels.
+# Pillow refuses more than twice this; phones take photos of 200 megapixels.
 Image.MAX_IMAGE_PIXELS = 125_000_000
 
 # From the palette of Okabe and Ito: colour-blind readers can tell these apart.
@@ -104,7 +104,7 @@ class LabelledImages(NamedTuple):
 
     images: np.ndarray  # uint8, n x 48 x 48 x 1
     labels: np.ndarray  # int, n: indices into the emotions
-    clean: np.ndarray  # bool, n: False where the same file is also in train/
+    clean: np.ndarray  # bool, n: False where the same image is also in train/
 
 
 class Data(NamedTuple):
@@ -134,33 +134,24 @@ def find_dataset():
 
 
 def find_emotions(data_dir):
-    """Return the emotions of a dataset: the sorted names of the folders in its train/.
-
-    Raises InputError where train/ or test/ is missing, or they do not hold the same folders.
-    """
-    found = []
-    for folder in data_dir / "train", data_dir / "test":
-        if not folder.is_dir():
+    """Return the names of the folders in train/, sorted; InputError if test/ holds others."""
+    parts = data_dir / "train", data_dir / "test"
+    for part in parts:
+        if not part.is_dir():
             holds = ", ".join(sorted(path.name for path in data_dir.glob("*"))[:8]) or "nothing"
-            raise InputError(f"{folder} is missing: name the folder that holds train/ and test/, "
+            raise InputError(f"{part} is missing: name the folder that holds train/ and test/, "
                              f"unpacked, with --data-dir; {data_dir} holds {holds}")
-        found.append({path.name for path in folder.glob("[!.]*") if path.is_dir()})
-    train, test = found
-    different = sorted(train ^ test)
-    if different:
-        part = "test" if different[0] in train else "train"
-        raise InputError(f"{data_dir / part / different[0]} is missing: train/ and test/ must hold "
-                         "the same folders, one per emotion")
+    train, test = [{path.name for path in part.glob("[!.]*") if path.is_dir()} for part in parts]
+    if train != test:
+        raise InputError(f"train/ and test/ in {data_dir} must hold the same folders, one per "
+                         f"emotion; only one of them holds {', '.join(sorted(train ^ test))}")
     if len(train) < 2:
-        raise InputError(f"{data_dir / 'train'} must hold two emotions at least: a folder for each")
+        raise InputError(f"{parts[0]} must hold a folder for each of two or more emotions")
     return sorted(train)
 
 
 def find_images(folder):
-    """Return the images in a folder, however deep: sorted paths, told by their endings.
-
-    What is hidden is left out.  A line on stderr counts what else was passed over.
-    """
+    """Return the images in a folder, however deep, sorted; count on stderr what else is there."""
     visible = [path for path in sorted(folder.rglob("*")) if path.is_file()
                and not any(name.startswith(".") for name in path.relative_to(folder).parts)]
     images = [path for path in visible if path.suffix.lower() in IMAGE_ENDINGS]
@@ -172,13 +163,13 @@ def find_images(folder):
 
 
 def open_image(photo):
-    """Return a photo (path, PIL image or array) upright and in RGB; InputError if it is none."""
+    """Return a photo (path, PIL image or array) upright and in RGB; InputError if it is not one."""
     try:
         if isinstance(photo, np.ndarray):
-            photo = Image.fromarray(photo)
-        elif not isinstance(photo, Image.Image):
-            photo = Image.open(photo)
-        return ImageOps.exif_transpose(photo).convert("RGB")
+            image = Image.fromarray(photo)
+        else:
+            image = photo if isinstance(photo, Image.Image) else Image.open(photo)
+        return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises many kinds on a broken file
         raise InputError(f"{photo} cannot be read as an image: {error}") from error
 
@@ -191,8 +182,8 @@ def face_pixels(face):
 def read_images(folder, emotions):
     """Read the images in the folders of the emotions, which lie in `folder`.
 
-    Returns paths, images (uint8, n x 48 x 48 x 1), labels (int, n) and the SHA-256 of each file.
-    Raises InputError where an emotion has no images or an image cannot be read.
+    Returns paths, images (uint8, n x 48 x 48 x 1) and labels (int, n).  Raises InputError where an
+    emotion has no images or an image cannot be read.
     """
     paths, labels = [], []
     for label, emotion in enumerate(emotions):
@@ -202,64 +193,53 @@ def read_images(folder, emotions):
         paths += found
         labels += [label] * len(found)
 
-    def read(path):
-        return face_pixels(open_image(path)), hashlib.sha256(path.read_bytes()).hexdigest()
-
-    images, digests = [], []
+    images = []
     progress = keras.utils.Progbar(len(paths), verbose=1 if sys.stdout.isatty() else 0)
     with ThreadPoolExecutor(8) as threads:  # a network drive waits for each file
-        for image, digest in threads.map(read, paths):
+        for image in threads.map(lambda path: face_pixels(open_image(path)), paths):
             images.append(image)
-            digests.append(digest)
             progress.add(1)
-    return paths, np.stack(images)[..., np.newaxis], np.array(labels), digests
+    return paths, np.stack(images)[..., np.newaxis], np.array(labels)
 
 
-def hold_out_tenth(labels, seed):
-    """Return a mask (bool, n) of a tenth of the images of each emotion, chosen at random."""
-    held_out = np.zeros(len(labels), bool)
-    rng = np.random.default_rng(seed)
-    for label in np.unique(labels):
-        indices = rng.permutation(np.flatnonzero(labels == label))
-        tenth = math.ceil(len(indices) / 10)
-        held_out[indices[1:1 + tenth]] = True  # never the first: an emotion may have only one
-    return held_out
-
-
-def split(images, chosen):
+def split(part, chosen):
     """Return LabelledImages in two parts: those chosen by a mask (bool, n), and the others."""
-    return (LabelledImages(*(array[chosen] for array in images)),
-            LabelledImages(*(array[~chosen] for array in images)))
+    return (LabelledImages(*(array[chosen] for array in part)),
+            LabelledImages(*(array[~chosen] for array in part)))
 
 
-def load_data(data_dir, seed=0):
+def load_data(data_dir):
     """Load FER-2013, or a dataset of the same layout, into memory.
 
     The emotions are the folders of train/, as in Keras's flow_from_directory.  Training is train/,
     validation the PublicTest and test the PrivateTest images of test/.  Where file names do not
-    tell these apart, a tenth of train/ is held out for validation (stratified, `seed`) and all of
-    test/ is the test set.  Returns Data; raises InputError as `find_emotions` and `read_images` do,
-    and where AUGMENTATION asks for what is not affine.
+    tell these apart, every tenth image of each emotion in train/ is held out for validation and all
+    of test/ is the test set.  Returns Data; raises InputError as `find_emotions` and `read_images`
+    do, and where AUGMENTATION asks for what is not affine.
     """
     not_affine = sorted(set(AUGMENTATION) - AFFINE)
     if not_affine:
-        raise InputError(f"AUGMENTATION: {', '.join(not_affine)} is no affine transform: make it a "
-                         "layer in create_CNN")
+        raise InputError(f"AUGMENTATION: {', '.join(not_affine)} is not affine: make it a layer "
+                         "in create_CNN")
     print(f"Reading {data_dir}")
     data_dir = Path(data_dir)
     emotions = find_emotions(data_dir)
     print(f"{len(emotions)} emotions: {', '.join(emotions)}")
-    _, images, labels, train_digests = read_images(data_dir / "train", emotions)
+    _, images, labels = read_images(data_dir / "train", emotions)
     training = LabelledImages(images, labels, clean=np.ones(len(labels), bool))
-    paths, images, labels, digests = read_images(data_dir / "test", emotions)
-    test = LabelledImages(images, labels, clean=np.isin(digests, train_digests, invert=True))
+    known = {image.tobytes() for image in images}
+    paths, images, labels = read_images(data_dir / "test", emotions)
+    clean = np.array([image.tobytes() not in known for image in images])
+    test = LabelledImages(images, labels, clean)
     kinds = np.array([path.name.partition("_")[0] for path in paths])
     if set(kinds) == {"PublicTest", "PrivateTest"}:
         validation, test = split(test, kinds == "PublicTest")
     else:
         print("test/ does not tell PublicTest from PrivateTest images by name: a tenth of train/ "
               "is held out for validation, all of test/ is the test set")
-        validation, training = split(training, hold_out_tenth(training.labels, seed))
+        # Counted from 0 in each emotion; never the first, as it may be the only one.
+        number = np.concatenate([np.arange(count) for count in np.bincount(training.labels)])
+        validation, training = split(training, number % 10 == 1)
     print(f"{len(training.images):,} training, {len(validation.images):,} validation and "
           f"{len(test.images):,} test images; {np.sum(~test.clean):,} of the test images also "
           "stand in train/")
@@ -270,8 +250,8 @@ def load_data(data_dir, seed=0):
 def create_CNN(classes, dropout=EPOCHS / 88):
     """Build the network: images (n x 48 x 48 x 1, pixels 0-255) to probabilities (n x classes).
 
-    `dropout`, from 0 to 1, is its strength.  Shorter runs have less time to overfit: what suits is
-    epochs / 88, at most 1.
+    `dropout`, from 0 to 1, scales the rates of both dropout layers.  The shorter a run, the less it
+    overfits: epochs / 88, at most 1, suits it.
     """
     return keras.Sequential([
         keras.Input((SIZE, SIZE, 1)),
@@ -301,25 +281,25 @@ def affine_matrices(transforms):
     """Return transforms of ImageDataGenerator as matrices (n x 8) of Keras's affine_transform.
 
     Takes dicts as `get_random_transform` returns them; what one leaves out does nothing.  The
-    product is that of `apply_transform`: rotation, shift, shear, zoom, about the middle of the
-    image, then the flips.  A matrix takes a pixel (x, y) of the result to its place in the image.
+    product is that of `apply_transform`: rotation, shift, shear, zoom and flips, about the middle
+    of the image.  A matrix takes a pixel (x, y) of the result to its place in the image.
     """
     def column(name, default=0.0):
         return np.array([transform.get(name, default) for transform in transforms], float)
 
-    def matrices(*six):  # n x 3 x 3, from the numbers or columns of their upper two rows
-        nine = np.broadcast_arrays(*six, 0, 0, 1, column("theta"))[:9]
-        return np.stack(nine, axis=1).reshape(-1, 3, 3)
+    def matrices(*two_rows):  # n x 3 x 3, of numbers and columns; the third row is always the same
+        entries = [np.broadcast_to(entry, len(transforms)) for entry in (*two_rows, 0, 0, 1)]
+        return np.stack(entries, axis=1).reshape(-1, 3, 3)
 
     theta, shear, middle = np.radians(column("theta")), np.radians(column("shear")), (SIZE - 1) / 2
-    product = (
-        matrices(1, 0, middle, 0, 1, middle)
-        @ matrices(np.cos(theta), -np.sin(theta), 0, np.sin(theta), np.cos(theta), 0)
-        @ matrices(1, 0, column("tx"), 0, 1, column("ty"))
-        @ matrices(1, -np.sin(shear), 0, 0, np.cos(shear), 0)
-        @ matrices(column("zx", 1), 0, 0, 0, column("zy", 1), 0)
-        @ matrices(1 - 2 * column("flip_horizontal"), 0, 0, 0, 1 - 2 * column("flip_vertical"), 0)
-        @ matrices(1, 0, -middle, 0, 1, -middle))
+    zx = column("zx", 1) * (1 - 2 * column("flip_horizontal"))  # a flip is a zoom by -1
+    zy = column("zy", 1) * (1 - 2 * column("flip_vertical"))
+    product = (matrices(1, 0, middle, 0, 1, middle)
+               @ matrices(np.cos(theta), -np.sin(theta), 0, np.sin(theta), np.cos(theta), 0)
+               @ matrices(1, 0, column("tx"), 0, 1, column("ty"))
+               @ matrices(1, -np.sin(shear), 0, 0, np.cos(shear), 0)
+               @ matrices(zx, 0, 0, 0, zy, 0)
+               @ matrices(1, 0, -middle, 0, 1, -middle))
     return product.reshape(-1, 9)[:, :8].astype("float32")
 
 
@@ -349,17 +329,20 @@ def augmented_batches(data, batch_size, seed):
     matrices = affine_matrices([data.augmentation.get_random_transform((SIZE, SIZE, 1))
                                 for _ in order])
     np.random.set_state(state)
-    batches = in_batches((data.training.images[order], data.training.labels[order], matrices),
-                         batch_size)
-    return batches.map(lambda images, labels, matrices: (transform_images(images, matrices), labels)
-                       ).prefetch(2)
+
+    def augment(images, labels, matrices):
+        return transform_images(images, matrices), labels
+
+    shuffled = data.training.images[order], data.training.labels[order], matrices
+    return in_batches(shuffled, batch_size).map(augment).prefetch(2)
 
 
 def class_weights(labels):
     """Return the weight of an image of each emotion in the loss: {label: weight}.
 
-    Rare emotions weigh more: the weight is the cube root of the mean number of images of an emotion
-    by its own (scikit-learn's "balanced" takes the ratio itself), scaled to a mean of 1 per image.
+    Rare emotions weigh more: the weight is the cube root of the mean number of images per emotion
+    divided by the emotion's own (scikit-learn's "balanced" takes the ratio itself), scaled to a
+    mean of 1 per image.
     """
     counts = np.bincount(labels)
     weights = np.cbrt(counts.mean() / counts)
@@ -369,18 +352,15 @@ def class_weights(labels):
 
 def checksum(data):
     """Return the SHA-256 of Data: equal checksums mean equal images and labels."""
-    digest = hashlib.sha256()
-    for part in data.training, data.validation, data.test:
-        for array in part:
-            digest.update(array.tobytes())
-    return digest.hexdigest()
+    arrays = *data.training, *data.validation, *data.test
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 @contextlib.contextmanager
 def whole_file(path):
     """Yield a path to write a file to; at the end of the block it becomes `path`, if all went well.
 
-    Whenever the process is killed or the disk is full, `path` holds what it held before, or all.
+    Even if the process is killed or the disk is full, `path` holds all or what it held before.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -400,53 +380,24 @@ def save_checkpoint(path, state, arrays):
         os.fsync(file.fileno())  # on the disk before it takes its name: the plug may be pulled
 
 
-def load_checkpoint(path):
-    """Return the state and the arrays that `save_checkpoint` wrote; InputError if it cannot."""
+def load_checkpoint(path, run=None):
+    """Return the state and the arrays that `save_checkpoint` wrote.
+
+    Raises InputError if the file does not hold them, or was written by a run with other values than
+    those in the dict `run`.
+    """
     try:
         with np.load(path) as file:
-            arrays = [file[f"arr_{i}"] for i in range(len(file) - 1)]
-            return json.loads(str(file["state"])), arrays
+            arrays = [file[f"arr_{i}"] for i in range(len(file) - 1)]  # as NumPy names them
+            state = json.loads(str(file["state"]))
+            changed = [name for name in run or {} if state["run"].get(name) != run[name]]
     except Exception as error:  # of zipfile, NumPy or JSON, and whatever else the file may hold
-        raise InputError(f"{path} holds no run to go on with ({type(error).__name__}): delete "
-                         f"{Path(path).parent}, if it is there, and start anew") from error
-
-
-def restore_checkpoint(path, run, variables):
-    """Put `variables` where a checkpoint left them; return its history and best weights.
-
-    Raises InputError if the checkpoint is of a run that depends on other things than `run`.
-    """
-    state, arrays = load_checkpoint(path)
-    changed = [name for name in run if state["run"][name] != run[name]]
+        raise InputError(f"{path} holds no run to go on with ({type(error).__name__}): delete it, "
+                         "if it is there, and start anew") from error
     if changed:
         raise InputError(f"{path} does not fit: the {' and '.join(changed)} changed since. Bring "
-                         "that back as it was, or delete it and start anew")
-    for variable, array in zip(variables, arrays):
-        variable.assign(array)
-    return state["history"], arrays[len(variables):]
-
-
-def train_epoch(model, data, epoch, epochs, batch_size, seed):
-    """Train `model` for an epoch, counted from 0, and validate it; return its row of the history.
-
-    Raises InputError if the loss is not finite.
-    """
-    def stop(epoch, logs):  # so that fit() shows the epoch as one of all
-        model.stop_training = True
-
-    started = time.perf_counter()
-    learning_rate = float(model.optimizer.learning_rate)
-    logs = model.fit(
-        augmented_batches(data, batch_size, [seed, epoch]), initial_epoch=epoch, epochs=epochs,
-        validation_data=in_batches((data.validation.images, data.validation.labels), 256),
-        class_weight=class_weights(data.training.labels), shuffle=False,
-        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=stop)],
-        verbose=1 if sys.stdout.isatty() else 2).history
-    row = {"epoch": epoch + 1, **{name: values[0] for name, values in logs.items()},
-           "learning_rate": learning_rate, "seconds": round(time.perf_counter() - started, 2)}
-    if not math.isfinite(row["loss"]):
-        raise InputError("the loss is NaN or infinite: start anew with a lower --learning-rate")
-    return row
+                         "that back as it was, or delete the file and start anew")
+    return state, arrays
 
 
 def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE,
@@ -475,21 +426,34 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
                "number of parameters": model.count_params(), "augmentation": str(AUGMENTATION),
                "images": checksum(data)}
         if os.path.exists(checkpoint):
-            history, best_weights = restore_checkpoint(checkpoint, run, variables)
+            saved, arrays = load_checkpoint(checkpoint, run)
+            for variable, array in zip(variables, arrays):
+                variable.assign(array)
+            history, best_weights = saved["history"], arrays[len(variables):]
         state = {"settings": settings, "run": run, "history": history}
         save_checkpoint(checkpoint, state, variables + best_weights)
+    validation = in_batches((data.validation.images, data.validation.labels), 256)
     for epoch in range(len(history["epoch"]), epochs):
-        if epoch:
-            minutes = np.mean(history["seconds"]) * (epochs - epoch) / 60
-            print(f"about {math.ceil(minutes)} min left")
-        row = train_epoch(model, data, epoch, epochs, batch_size, seed)
-        if row["val_accuracy"] > max(history.get("val_accuracy", [-1])):
+        print(f"Epoch {epoch + 1}/{epochs}")  # fit() trains for one, and prints no number
+        started, rate = time.perf_counter(), float(model.optimizer.learning_rate)
+        row = model.fit(
+            augmented_batches(data, batch_size, [seed, epoch]), validation_data=validation,
+            class_weight=class_weights(data.training.labels), shuffle=False,
+            verbose=PROGRESS).history
+        if not math.isfinite(row["loss"][0]):
+            raise InputError("the loss is NaN or infinite: delete the unfinished run and start "
+                             "anew with a lower learning rate")
+        row |= {"epoch": [epoch + 1], "learning_rate": [rate],
+                "seconds": [round(time.perf_counter() - started, 2)]}
+        for name, values in row.items():  # one value each
+            history.setdefault(name, []).extend(values)
+        if history["val_accuracy"][-1] > max(history["val_accuracy"][:-1], default=-1):
             best_weights = model.get_weights()
-        for name, value in row.items():
-            history.setdefault(name, []).append(value)
         if checkpoint:
             save_checkpoint(checkpoint, state, variables + best_weights)
             plot_history(history, Path(checkpoint).parent)
+        minutes = np.mean(history["seconds"]) * (epochs - epoch - 1) / 60
+        print(f"about {math.ceil(minutes)} min of training left")
     model.set_weights(best_weights)
     for layer in model.layers:
         layer.dtype_policy = "float32"  # any machine can compute in it
@@ -499,46 +463,35 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
-# 18 views of an image: three sizes, each at three heights, and all of them mirrored.
+# 18 views of an image: of 44, 48 and 52 of its 48 pixels, each 2 pixels higher, level and 2 lower,
+# and all of them mirrored; at another SIZE in proportion.
 VIEWS = affine_matrices([
     {"zx": zoom, "zy": zoom, "ty": height * SIZE, "flip_horizontal": flip}
     for flip in (False, True) for zoom in (11 / 12, 1, 13 / 12) for height in (-1 / 24, 0, 1 / 24)])
 
 
-@tf.function(reduce_retracing=True)  # compiled once, it takes half the time for a single face
-def average_views(model, images):
-    """Return the probabilities (n x classes) of images: the mean over their VIEWS."""
-    number = keras.ops.shape(images)[0]
-    views = transform_images(keras.ops.repeat(images, len(VIEWS), axis=0),
-                             keras.ops.tile(VIEWS, (number, 1)))
-    probabilities = keras.ops.reshape(model(views), (number, len(VIEWS), -1))
-    return keras.ops.mean(probabilities, axis=1)
-
-
 def classify_faces(model, images):
-    """Return the probabilities (n x classes) of any number of images (n x 48 x 48 x 1).
-
-    They are the mean over 18 views; 32 images at a time save memory.
-    """
-    return np.concatenate([average_views(model, images[first:first + 32])
-                           for first in range(0, len(images), 32)])
+    """Return the probabilities (n x classes) of images (n x 48 x 48 x 1): the mean over VIEWS."""
+    means = []
+    for first in range(0, len(images), 8):  # more at once take more memory, and hardly less time
+        faces = images[first:first + 8]
+        views = transform_images(np.repeat(faces, len(VIEWS), axis=0),
+                                 np.tile(VIEWS, (len(faces), 1)))
+        probabilities = model.predict_on_batch(views)
+        means.append(probabilities.reshape(len(faces), len(VIEWS), -1).mean(axis=1))
+    return np.concatenate(means)
 
 
 def evaluate_model(model, data):
-    """Evaluate `model` on the test images of Data and print the scores.
+    """Evaluate `model` on the test images of Data; print and return the scores.
 
-    Returns the probabilities (n x classes), averaged over 18 views of each image, and before them
-    the scores, a dict:
-
-    - single_image_accuracy: with one view, the image as it is; all others are with 18
-    - loss: cross-entropy, in nats
-    - accuracy, balanced_accuracy: the share of images, and the mean of the emotions' recall
-    - clean_accuracy, clean_images: of images that are not also in train/; None if there are none
-    - calibration_error: by how much confidence and accuracy differ on average, in 15 bins of equal
-      width; Guo et al. (2017), "On calibration of modern neural networks", arXiv:1706.04599
-    - emotions: precision, recall, F1 and number of images (count) of each; what would be 0/0 is 0
-    - confusion_matrix: rows are labels, columns predictions
-    - milliseconds_per_face: the time that the probabilities took
+    Returns a dict, and the probabilities (n x classes).  All scores but single_image_accuracy, of
+    the image as it is, are of the mean over the VIEWS.  Balanced accuracy is the mean of the
+    emotions' recall; clean accuracy that of the images that are not also in train/, None if there
+    are none; loss the cross-entropy, in nats.  The calibration error is by how much confidence and
+    accuracy differ on average, in 15 bins of equal width: Guo et al. (2017), "On calibration of
+    modern neural networks", arXiv:1706.04599.  Rows of the confusion matrix are labels, columns
+    predictions.  What would be 0/0 is 0.
     """
     images, labels, clean = data.test
     single_view = model.predict(images, batch_size=256, verbose=0)
@@ -549,52 +502,42 @@ def evaluate_model(model, data):
     correct = predictions == labels
     confusion = np.zeros((len(data.emotions), len(data.emotions)), int)
     np.add.at(confusion, (labels, predictions), 1)
-    by_emotion = {}
-    for emotion, hits, labelled, predicted in zip(
-            data.emotions, confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)):
-        by_emotion[emotion] = {
-            "precision": hits / max(predicted, 1), "recall": hits / max(labelled, 1),
-            "f1": 2 * hits / max(labelled + predicted, 1), "count": int(labelled)}
-    bins = np.ceil(15 * confidence).astype(int)
-    gaps = np.bincount(bins, weights=correct - confidence)
+    hits, labelled, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(labelled, 1)
+    f1 = 2 * hits / np.maximum(labelled + predicted, 1)
+    gaps = np.bincount(np.ceil(15 * confidence).astype(int), weights=correct - confidence)
     scores = {
         "single_image_accuracy": (single_view.argmax(axis=1) == labels).mean(),
         "loss": float(np.mean(keras.losses.sparse_categorical_crossentropy(labels, probabilities))),
         "accuracy": correct.mean(),
-        "balanced_accuracy": np.mean([score["recall"] for score in by_emotion.values()
-                                      if score["count"]]),
+        "balanced_accuracy": recall[labelled > 0].mean(),
         "clean_accuracy": correct[clean].mean() if clean.any() else None,
         "clean_images": int(clean.sum()),
         "calibration_error": np.abs(gaps).sum() / len(labels),
-        "emotions": by_emotion,
+        "emotions": {name: {"precision": precision[i], "recall": recall[i], "f1": f1[i],
+                            "count": int(labelled[i])} for i, name in enumerate(data.emotions)},
         "confusion_matrix": confusion.tolist(),
         "milliseconds_per_face": milliseconds,
     }
-    print_scores(scores)
-    return scores, probabilities
-
-
-def print_scores(scores):
-    """Print the scores of `evaluate_model`."""
-    images = sum(score["count"] for score in scores["emotions"].values())
-    print(f"\nTest, {images:,} images, {scores['clean_images']:,} of them clean: not in train/")
-    print("All but the single image accuracy: averaged over 18 views, "
-          f"{scores['milliseconds_per_face']:.1f} ms an image")
+    print(f"\nTest, {len(labels):,} images, {clean.sum():,} of them clean: not in train/\n"
+          "All but the single image accuracy: averaged over 18 views, "
+          f"{milliseconds:.1f} ms an image")
     for name in ("single_image_accuracy", "accuracy", "balanced_accuracy", "clean_accuracy",
                  "calibration_error", "loss"):
         if scores[name] is not None:
             print(f"  {name.replace('_', ' '):23}{scores[name]:.4f}")
-    width = max(9, *map(len, scores["emotions"]))
+    width = max(9, *map(len, data.emotions))
     print(f"\n  {'emotion':{width}}  precision   recall       F1   images")
     for emotion, score in scores["emotions"].items():
         print(f"  {emotion:{width}}{score['precision']:11.1%}{score['recall']:9.1%}"
               f"{score['f1']:9.1%}{score['count']:9,}")
+    return scores, probabilities
 
 
 # --- Plots ----------------------------------------------------------------------------------------
 @matplotlib.style.context(PLOT_STYLE)
 def plot_history(history, output_dir):
-    """Write accuracy.png and loss.png, and so on: training and validation over the epochs."""
+    """Write accuracy.png, loss.png and so on, one a metric: training and validation by epoch."""
     epochs = history["epoch"]
     best = int(np.argmax(history["val_accuracy"]))
     for name in [name for name in history if "val_" + name in history]:
@@ -605,8 +548,7 @@ def plot_history(history, output_dir):
         axes.plot(epochs, validation, "s--", color=VERMILION, label="validation")
         axes.plot(epochs[best], validation[best], "k*", markersize=18,
                   label=f"best epoch: {epochs[best]} ({validation[best]:.3f})")
-        axes.set(title=f"Training and validation {name}", xlabel="epoch")
-        axes.set_ylabel("loss (cross-entropy)" if name == "loss" else name)
+        axes.set(title=f"Training and validation {name}", xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -626,11 +568,7 @@ def draw_shares(axes, shares, rows, columns):
 
 @matplotlib.style.context(PLOT_STYLE)
 def plot_performance(history, scores, output_dir):
-    """Plot how training went and what came of it.
-
-    Takes the history of `train_model` and the scores of `evaluate_model`.  Writes accuracy.png and
-    loss.png (training and validation over the epochs) and confusion_matrix.png into `output_dir`.
-    """
+    """Write accuracy.png and loss.png, as `plot_history` does, and confusion_matrix.png."""
     plot_history(history, output_dir)
     confusion = np.array(scores["confusion_matrix"])
     labelled = confusion.sum(axis=1, keepdims=True)
@@ -644,10 +582,7 @@ def plot_performance(history, scores, output_dir):
 
 @matplotlib.style.context(PLOT_STYLE)
 def plot_examples(data, probabilities, output_dir):
-    """Write examples.png: of each emotion (rows: labels) the test images classified most surely.
-
-    Takes Data and the probabilities of `evaluate_model`.
-    """
+    """Write examples.png: of each emotion (rows: labels) the test images classified most surely."""
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     surest_first = np.argsort(-confidence, kind="stable")
     figure = Figure(figsize=(8, 1.5 * len(data.emotions)), layout="constrained")
@@ -659,7 +594,7 @@ def plot_examples(data, probabilities, output_dir):
         for label, axes_of_row in enumerate(grid):
             shown = [i for i in surest_first
                      if data.test.labels[i] == label and (predicted[i] == label) == correct]
-            for axes, i in zip(axes_of_row, shown):  # as many as there are axes for
+            for axes, i in zip(axes_of_row, shown):  # zip stops after the three axes
                 axes.imshow(data.test.images[i], cmap="gray", vmin=0, vmax=255)
                 axes.set_title(f"{data.emotions[predicted[i]]} {confidence[i]:.0%}", size=10)
             if correct:
@@ -669,19 +604,22 @@ def plot_examples(data, probabilities, output_dir):
 
 
 def receptive_field(model, layer):
-    """Return what a place of a layer of a Sequential model sees of the image: size, step, start.
+    """Return the receptive field of a layer of a Sequential model: size, step, start; in pixels.
 
-    Place i, along either axis, sees `size` pixels from the pixel start + i * step on.  Takes square
-    kernels and pools.
+    Place i of its output, along either axis, sees `size` pixels of the image, from start + i * step
+    on.  Takes square kernels and pools.
     Araujo et al. (2019), "Computing receptive fields of convolutional neural networks", Distill.
     """
     size, step, start = 1, 1, 0
-    for each in model.layers[:model.layers.index(layer) + 1]:
-        if not isinstance(each, (layers.Conv2D, layers.MaxPooling2D)):
+    for current in model.layers[:model.layers.index(layer) + 1]:
+        if isinstance(current, layers.Conv2D):
+            kernel = current.kernel_size[0]
+        elif isinstance(current, layers.MaxPooling2D):
+            kernel = current.pool_size[0]
+        else:
             continue
-        kernel = (each.kernel_size if isinstance(each, layers.Conv2D) else each.pool_size)[0]
-        stride, width = each.strides[0], each.input.shape[1]
-        if each.padding == "same":  # as TensorFlow pads: the smaller half comes before
+        stride, width = current.strides[0], current.input.shape[1]
+        if current.padding == "same":  # as TensorFlow pads: the smaller half comes before
             start -= max((math.ceil(width / stride) - 1) * stride + kernel - width, 0) // 2 * step
         size += (kernel - 1) * step
         step *= stride
@@ -702,17 +640,17 @@ def plot_filters(model, data, output_dir):
     present = np.unique(data.test.labels)
     figure = Figure(figsize=(10, 1.2 + 0.7 * rows + 1.45 * len(present)), layout="constrained")
     above, below = figure.subfigures(2, height_ratios=(0.6 + 0.7 * rows, 0.6 + 1.45 * len(present)))
-    above.suptitle("Filters of the first convolution, each as part of its largest weight", size=13)
+    above.suptitle("Filters of the first convolution, each scaled to its largest weight", size=13)
     grid = above.subplots(rows, 16, subplot_kw=BARE)
     for axes, kernel in zip(grid.flat, kernels):
-        weights = axes.imshow(kernel / np.abs(kernel).max(), cmap="RdBu_r", vmin=-1, vmax=1)
-    above.colorbar(weights, ax=grid, ticks=(-1, 0, 1)).ax.tick_params(labelsize=10)
+        picture = axes.imshow(kernel / np.abs(kernel).max(), cmap="RdBu_r", vmin=-1, vmax=1)
+    above.colorbar(picture, ax=grid, ticks=(-1, 0, 1)).ax.tick_params(labelsize=10)
 
     below.suptitle("What excites filters of the second convolution most: for each emotion, the\n"
                    "filter that best tells it apart; above each image, its own label", size=13)
-    maps = keras.Model(model.inputs, second.output)
-    strongest = keras.Model(model.inputs, layers.GlobalMaxPooling2D()(second.output))
-    maxima = strongest.predict(data.test.images, batch_size=128, verbose=0)  # n x filters
+    to_maps = keras.Model(model.inputs, second.output)
+    maximum = layers.GlobalMaxPooling2D(dtype="float32")(second.output)
+    maxima = keras.Model(model.inputs, maximum).predict(data.test.images, batch_size=128, verbose=0)
     size, step, start = receptive_field(model, second)
     grid = below.subplots(len(present), 7, subplot_kw=BARE, squeeze=False)
     for label, axes_of_row in zip(present, grid):
@@ -721,7 +659,7 @@ def plot_filters(model, data, output_dir):
         best = np.argmax(lead / (maxima.std(axis=0) + 1e-7))
         axes_of_row[0].set_ylabel(f"{data.emotions[label]}\nfilter {best}", size=11)
         shown = np.argsort(-maxima[:, best], kind="stable")[:7]
-        excited = maps.predict_on_batch(data.test.images[shown])[..., best]
+        excited = to_maps.predict_on_batch(data.test.images[shown])[..., best]
         for axes, i, places in zip(axes_of_row, shown, excited):
             axes.imshow(data.test.images[i], cmap="gray", vmin=0, vmax=255)
             axes.set_title(data.emotions[data.test.labels[i]], size=10)
@@ -739,22 +677,20 @@ def save_network(model, emotions, path):
     """Save a network, and in the same file the names of its emotions."""
     with whole_file(path) as part:
         model.save(part)
-        with zipfile.ZipFile(part, "a") as file:  # Keras's own format; it passes over other members
+        with zipfile.ZipFile(part, "a") as file:  # Keras passes over members that it does not know
             file.writestr("emotions.json", json.dumps(emotions))
 
 
 def load_network(path):
-    """Return the network and the emotions that `save_network` wrote; InputError if it is none."""
+    """Return the network and the emotions that `save_network` wrote; InputError if it cannot."""
     try:
         model = keras.models.load_model(path)
         with zipfile.ZipFile(path) as file:
             emotions = json.loads(file.read("emotions.json"))
-        if model.input_shape[1:] != (SIZE, SIZE, 1) or model.output_shape[1:] != (len(emotions),):
-            raise ValueError("other images or emotions")
     except Exception as error:  # of zipfile, JSON, h5py or Keras, which tells the cause last
         reason = str(error).strip().splitlines()[-1:]
         raise InputError(
-            f"{path} is no network of this script, damaged, or of another version of Keras than "
+            f"{path} is not a network of this script, damaged, or of another version of Keras than "
             f"{keras.__version__} ({' '.join(reason)}): train one, or name another folder with "
             "--output-dir") from error
     return model, emotions
@@ -804,10 +740,7 @@ def find_faces(photo):
 
 
 def cut_out(photo, box):
-    """Return the box of a photo (array) as the network sees it: 48 x 48, grey, uint8.
-
-    Where the box reaches beyond the photo, the edge is repeated.
-    """
+    """Return the box of a photo (array) as the network sees it; beyond it, the edge is repeated."""
     left, top, right, bottom = box
     rows = np.arange(top, bottom).clip(0, photo.shape[0] - 1)
     columns = np.arange(left, right).clip(0, photo.shape[1] - 1)
@@ -867,9 +800,9 @@ def draw_photo(photo, faces, model, path):
     the probabilities.  Takes the faces of `classify_photo`.
     """
     width, height = photo.size
-    rows = faces[:20]
-    row_height = np.clip(4 / len(rows), 0.85, 1.3)  # all lengths in inches
-    heights = [np.clip(8 * height / width, 3, 10), *[row_height] * len(rows)]
+    shown = faces[:20]
+    row_height = np.clip(4 / len(shown), 0.85, 1.3)  # all lengths in inches
+    heights = [np.clip(8 * height / width, 3, 10), *[row_height] * len(shown)]
     figure = Figure(figsize=(10, sum(heights) + 1.1), layout="constrained")  # 1.1 for the emotions
     grid = figure.add_gridspec(len(heights), 3, width_ratios=(row_height, row_height, 5.5),
                                height_ratios=heights)
@@ -877,19 +810,19 @@ def draw_photo(photo, faces, model, path):
     scene.imshow(photo.reduce(math.ceil(max(photo.size) / 1280)), extent=(0, width, height, 0))
     scene.set_axis_off()
     scene.autoscale(False)
-    if len(faces) > len(rows):
-        scene.set_title(f"{len(faces)} faces, the first {len(rows)} of them below", size=13)
+    if len(faces) > len(shown):
+        scene.set_title(f"{len(faces)} faces, the first {len(shown)} of them below", size=13)
     for face in faces:
         left, top, right, bottom = face["box"]
         if face["box"] != (0, 0, width, height):  # else the photo is all face
             scene.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False,
                                       color=SKY_BLUE, linewidth=2))
             scene.text(max(left, 0), max(top, 0), f"{face['face']} {face['emotion']}", va="bottom",
-                       size=11 if len(faces) <= len(rows) else 5, backgroundcolor=SKY_BLUE)
+                       size=11 if len(faces) <= len(shown) else 5, backgroundcolor=SKY_BLUE)
     pixels = np.asarray(photo)
     # From invisible to four fifths opaque.
     heat = LinearSegmentedColormap.from_list("heat", [VERMILION + "00", VERMILION + "D0"])
-    for number, face in enumerate(rows, 1):
+    for number, face in enumerate(shown, 1):
         crop = cut_out(pixels, face["box"])
         heat_map = occlusion_map(model, crop, list(face["probabilities"]).index(face["emotion"]))
         seen = figure.add_subplot(grid[number, 0], **BARE)
@@ -903,42 +836,41 @@ def draw_photo(photo, faces, model, path):
             seen.set_title("seen as", size=11)
             marked.set_title("speaks for it", size=11)
     table = figure.add_subplot(grid[1:, 2])
-    shares = np.array([list(face["probabilities"].values()) for face in rows])
-    draw_shares(table, shares, [""] * len(rows), faces[0]["probabilities"])
+    shares = np.array([list(face["probabilities"].values()) for face in shown])
+    draw_shares(table, shares, [""] * len(shown), faces[0]["probabilities"])
     table.set_yticks([])
     with whole_file(path) as part:
         figure.savefig(part, dpi=100)
 
 
 def find_photos(paths):
-    """Return the photos named, and in place of a folder those in it, but for the script's own."""
+    """Return the photos named, and those in folders named, but for the pictures drawn of photos."""
     photos = []
     for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
         found = find_images(path) if path.is_dir() else [path]
-        photos += [photo for photo in found if not photo.name.endswith(".emotions.jpg")] or [path]
+        found = [photo for photo in found if not photo.name.endswith(".emotions.jpg")]
+        photos += found or [path]  # a folder without photos stays, and is reported as unreadable
     return photos
 
 
 def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
     """Classify the faces in photos, and in folders of photos, with the network in `output_dir`.
 
-    Where there is none, with the one included in docs/runs.  Prints a row per face and draws a
+    If there is none, it is the one included in docs/runs.  Prints a row per face and draws a
     picture per photo into predictions/ there, or only prints a JSON object per face.  A photo
-    without a face, and one that something is wrong with, gets a line on stderr.  Returns whether
-    nothing was wrong with any.  Raises InputError where no network can be loaded, OSError where the
-    pictures cannot be written.
+    without a face, and one that cannot be read, gets a line on stderr.  Returns whether all could
+    be read.  Raises InputError where no network can be loaded, OSError where a picture cannot be
+    written.
     """
     network = Path(output_dir, NETWORK)
     if not network.exists():
         network = Path(__file__).resolve().parent / "docs" / "runs" / "88-0" / NETWORK
         print(f"no network in {output_dir} yet: predicting with {network}", file=sys.stderr)
     model, emotions = load_network(network)
-    photos, pictures = find_photos(paths), Path(output_dir, "predictions")
-    all_well = True
+    photos, all_well = find_photos(paths), True
     for number, path in enumerate(photos, 1):
         try:
-            photo = open_image(path)
-            faces = classify_photo(photo, model, emotions, detect)
+            faces = classify_photo(path, model, emotions, detect)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             all_well = False
@@ -954,10 +886,10 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
                                    for emotion, share in face["probabilities"].items())
                 print(f"{number}/{len(photos)} {path}, face {face['face']}: {face['emotion']} "
                       f"{face['confidence']:.1%}  ({shares})")
-            picture = f"{number}_{path.stem[:50]}.emotions.jpg"  # a name may have 255 bytes
-            draw_photo(photo, faces, model, pictures / picture)
-    if pictures.exists() and not as_json:
-        print(f"\nPictures are in {pictures}")
+            name = f"{number}_{path.stem[:50]}.emotions.jpg"  # a name may have 255 bytes
+            picture = Path(output_dir, "predictions", name)
+            draw_photo(open_image(path), faces, model, picture)
+            print(f"  drawn in {picture}")
     return all_well
 
 
@@ -965,7 +897,6 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
 # After the action units of Ekman and Friesen's Facial Action Coding System: how far the inner and
 # the outer brow are up, the eyes open (in half faces), the corners of the mouth up, the mouth open,
 # and its width (in half faces).
-SPREAD = (0.03, 0.03, 0.015, 0.1, 0.04, 0.03)  # standard deviation of each column
 EXPRESSIONS = {
     "angry":    (-0.16,  0.06, 0.07, -0.35, 0.10, 0.39),
     "disgust":  (-0.08, -0.02, 0.04, -0.20, 0.35, 0.34),
@@ -975,6 +906,7 @@ EXPRESSIONS = {
     "sad":      ( 0.14, -0.10, 0.06, -0.50, 0.10, 0.34),
     "surprise": ( 0.20,  0.20, 0.15,  0.00, 1.60, 0.22),
 }
+SPREAD = (0.03, 0.03, 0.015, 0.1, 0.04, 0.03)  # standard deviation of each column
 
 
 def draw_face(emotion, rng):
@@ -1001,9 +933,9 @@ def draw_face(emotion, rng):
         for y in (-0.14, -0.03, 0.08):
             draw.line(place((-0.24, y), (0, y - 0.06), (0.24, y)), dark, width=4)
     across = np.linspace(-1, 1, 15)
-    corners = 0.52 + 0.8 * mouth * smile * (0.5 - across**2)
+    line = 0.52 + 0.8 * mouth * smile * (0.5 - across**2)
     gap = 0.4 * mouth * max(opening, 0.1) * (1 - across**2) + 0.025
-    lips = [*zip(mouth * across, corners - gap), *zip(mouth * across[::-1], (corners + gap)[::-1])]
+    lips = [*zip(mouth * across, line - gap), *zip(mouth * across[::-1], (line + gap)[::-1])]
     draw.polygon(place(*lips), dark // 2)
     image = image.rotate(rng.normal(0, 7), Image.Resampling.BILINEAR, fillcolor=back)
     light = rng.uniform(0.6, 1.1) * (1 + np.linspace(-1, 1, SIZE) * rng.normal(0, 0.25))
@@ -1026,30 +958,28 @@ def draw_faces(folder, seed):
 
 # --- Command line ---------------------------------------------------------------------------------
 def find_hardware():
-    """Return the name of what trains here, and the dtype policy of Keras that is fastest on it."""
+    """Return the name of the GPU, or else of the processor, and the fastest dtype policy on it."""
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         details = tf.config.experimental.get_device_details(gpus[0])
         has_tensor_cores = details.get("compute_capability", (0, 0)) >= (7, 0)
-        return (details.get("device_name", "GPU"),
-                "mixed_float16" if has_tensor_cores else "float32")  # keras.io/api/mixed_precision
+        return details.get("device_name", "GPU"), "mixed_float16" if has_tensor_cores else "float32"
     cpuinfo = Path("/proc/cpuinfo")  # of Linux
     information = cpuinfo.read_text() if cpuinfo.exists() else ""
-    name = re.search(r"model name\s*: (.+)", information)
+    name = information.partition("model name\t: ")[2].partition("\n")[0]
     # Without AMX, bfloat16 takes Intel's processors 1.4 times as long as float32.
     is_fast = "amx_bf16" in information or ("AMD" in information and "avx512_bf16" in information)
-    return (name[1] if name else platform.processor() or platform.machine(),
+    return (name or platform.processor() or platform.machine(),
             "mixed_bfloat16" if is_fast else "float32")
 
 
 def between(kind, low, high):
     """Return a type for argparse: numbers of a kind, int or float, from `low` to `high`."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} from {low} to {high}")
-    return parse
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+    return number
 
 
 def parse_command_line(arguments):
@@ -1081,10 +1011,10 @@ def parse_command_line(arguments):
                             help="take every photo as one face: look for none")
     prediction.add_argument("--json", action="store_true",
                             help="print a JSON object per face and draw nothing")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", default="output", metavar="DIR",
+    parser.add_argument("--output-dir", default="output", metavar="DIR",
                         help="where all results are (default: %(default)s)")
     options = parser.parse_args(arguments)
+    # The names of the options given: --name value or --name=value.
     given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
     if options.predict:
         useless = given - {"--predict", "--no-detect", "--json", "--output-dir"}
@@ -1093,16 +1023,14 @@ def parse_command_line(arguments):
     else:
         useless = given & {"--no-detect", "--json"}
     if useless:
-        parser.error(f"{', '.join(sorted(useless))} would do nothing here: leave that out")
+        parser.error(f"{', '.join(sorted(useless))} has no effect here: leave it out")
     return options
 
 
 def save_results(output_dir, model, settings, data, history, scores, processor, seconds):
     """Write history.csv, and metrics.json with all that it takes to repeat the run."""
     with whole_file(output_dir / "history.csv") as part, open(part, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(history)
-        writer.writerows(zip(*history.values()))  # a row per epoch
+        csv.writer(file).writerows([history, *zip(*history.values())])  # names; a row per epoch
     best = int(np.argmax(history["val_accuracy"]))
     megabytes = round((output_dir / NETWORK).stat().st_size / 1e6, 1)
     metrics = {
@@ -1129,13 +1057,11 @@ if __name__ == "__main__":
     output_dir = Path(options.output_dir)
     checkpoint = output_dir / "unfinished" / CHECKPOINT
 
-    def way_on():
-        return "; --resume goes on" if checkpoint.exists() and not options.predict else ""
-
     def end_at_once(number, frame):  # KeyboardInterrupt may come out of TensorFlow as another error
         if sys.stderr.isatty():
             print(file=sys.stderr)  # ends the line of the progress bar
-        print(f"interrupted{way_on()}", file=sys.stderr)
+        way_on = "; --resume goes on" if checkpoint.exists() and not options.predict else ""
+        print(f"interrupted{way_on}", file=sys.stderr)
         os._exit(130)  # as shells do
 
     if IS_PROGRAM:
@@ -1156,10 +1082,7 @@ if __name__ == "__main__":
             settings = state["settings"]
             if options.data_dir:  # it was moved
                 settings["data_dir"] = os.path.abspath(options.data_dir)
-            started -= sum(state["history"].get("seconds", []))
-        elif checkpoint.parent.exists():
-            raise InputError(f"{checkpoint.parent} holds an unfinished run: go on with it with "
-                             "--resume, or delete it")
+            started -= sum(state["history"].get("seconds", []))  # as if it had never stopped
         else:
             data_dir = None if options.demo else os.path.abspath(options.data_dir or find_dataset())
             settings = {"data_dir": data_dir, "demo": options.demo,
@@ -1169,33 +1092,30 @@ if __name__ == "__main__":
         keras.utils.set_random_seed(settings["seed"])
         keras.config.set_dtype_policy(settings["precision"])
         print(f"{processor}, {settings['precision']}")
-        with tempfile.TemporaryDirectory() as faces:
+        with tempfile.TemporaryDirectory() as faces:  # stays empty without --demo
             if settings["demo"]:
                 draw_faces(faces, settings["seed"])
-            data = load_data(settings["data_dir"] or faces, settings["seed"])
+            data = load_data(settings["data_dir"] or faces)
         if not options.resume:
             try:
-                checkpoint.parent.mkdir(parents=True)
+                checkpoint.parent.mkdir(parents=True)  # the folder is the lock
             except FileExistsError as error:
-                raise InputError(f"another run has just begun in {checkpoint.parent}: name another "
-                                 "--output-dir") from error
+                raise InputError(f"{checkpoint.parent} holds an unfinished run: go on with it with "
+                                 "--resume, delete it, or name another --output-dir") from error
         model = create_CNN(len(data.emotions), dropout=min(settings["epochs"] / 88, 1))
         history = train_model(model, data, settings["epochs"], settings["batch_size"],
                               settings["learning_rate"], settings["seed"], checkpoint, settings)
         save_network(model, data.emotions, output_dir / NETWORK)
         scores, probabilities = evaluate_model(model, data)
+        save_results(output_dir, model, settings, data, history, scores, processor,
+                     time.perf_counter() - started)
         plot_performance(history, scores, output_dir)
         plot_examples(data, probabilities, output_dir)
         plot_filters(model, data, output_dir)
-        save_results(output_dir, model, settings, data, history, scores, processor,
-                     time.perf_counter() - started)
         shutil.rmtree(checkpoint.parent)
         print(f"\nSaved in {output_dir}: {', '.join(sorted(os.listdir(output_dir)))}")
     except BrokenPipeError:  # what read the output has ended: `head`, say
         os._exit(141)  # as shells do
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error}{way_on()}", file=sys.stderr)
         sys.exit(2)
