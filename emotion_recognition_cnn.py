@@ -138,13 +138,14 @@ def find_emotions(data_dir):
     parts = data_dir / "train", data_dir / "test"
     for part in parts:
         if not part.is_dir():
-            holds = ", ".join(sorted(path.name for path in data_dir.glob("*"))[:8]) or "nothing"
+            holds = sorted(path.name for path in data_dir.glob("*"))[:8]
             raise InputError(f"{part} is missing: name the folder that holds train/ and test/, "
                              f"unpacked, with --data-dir; {data_dir} holds {holds}")
     train, test = [{path.name for path in part.glob("[!.]*") if path.is_dir()} for part in parts]
-    if train != test:
-        raise InputError(f"train/ and test/ in {data_dir} must hold the same folders, one per "
-                         f"emotion; only one of them holds {', '.join(sorted(train ^ test))}")
+    for part, missing in (parts[0], test - train), (parts[1], train - test):
+        if missing:
+            raise InputError(f"{part / min(missing)} is missing: train/ and test/ must hold the "
+                             "same folders, one per emotion")
     if len(train) < 2:
         raise InputError(f"{parts[0]} must hold a folder for each of two or more emotions")
     return sorted(train)
@@ -1118,4 +1119,6 @@ if __name__ == "__main__":
         os._exit(141)  # as shells do
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            checkpoint.parent.rmdir()  # if it is empty: without a checkpoint, nothing is unfinished
         sys.exit(2)

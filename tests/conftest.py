@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +28,7 @@ import keras  # noqa: E402
 EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
 OUTPUTS = {"accuracy.png", "loss.png", "confusion_matrix.png", "examples.png", "filters.png",
            "history.csv", "metrics.json", "emotion_recognition_cnn.keras"}
-RUN = "--epochs", "3", "--batch-size", "16", "--output-dir", "output"
+RUN = "--epochs", "2", "--batch-size", "16", "--output-dir", "output"
 
 
 def pytest_configure(config):
@@ -37,7 +39,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Put what needs a whole run last, so that no worker waits while another one makes the run."""
-    items.sort(key=lambda item: ("whole_run" in item.fixturenames, "demo" in item.fixturenames))
+    items.sort(key=lambda item: [name in item.fixturenames
+                                 for name in ("killed_run", "whole_run", "demo")])
 
 
 def run(*arguments, cwd, **environment):
@@ -53,18 +56,19 @@ def run_here(monkeypatch, capfd):
 
     What a program of its own changes in its process is as before afterwards.
     """
-    def run_here(*arguments, cwd):
+    def run_here(*arguments, cwd, program=SCRIPT):
         script.find_hardware()  # TensorFlow looks for GPUs once in a process, and talks of it
         capfd.readouterr()
         handler, status = signal.getsignal(signal.SIGINT), 0
         with monkeypatch.context() as patch, warnings.catch_warnings():
             patch.chdir(cwd)
-            patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+            patch.setattr(sys, "argv", [str(program), *map(str, arguments)])
             patch.setattr(os, "_exit", sys.exit)  # how it ends at Ctrl-C
             patch.setenv("MPLBACKEND", "agg")
             patch.delitem(sys.modules, "IPython", raising=False)
             try:
-                runpy.run_path(str(SCRIPT), run_name="__main__")
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                runpy.run_path(str(program), run_name="__main__")
             except SystemExit as end:
                 status = end.code or 0
             finally:
@@ -75,13 +79,15 @@ def run_here(monkeypatch, capfd):
     return run_here
 
 
-def start(*arguments, cwd):
-    """Start the script and return the running process."""
+def start(*arguments, cwd, program=SCRIPT, at_ctrl_c=signal.SIG_DFL):
+    """Start the script and return the running process.
+
+    Ctrl-C works in it even where the tests run in the background, which ignores it.
+    """
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,
+        [sys.executable, program, *map(str, arguments)], cwd=cwd, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # Ctrl-C works in it also where the tests run in the background, which ignores it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        preexec_fn=lambda: signal.signal(signal.SIGINT, at_ctrl_c))
 
 
 def read_history(output_dir):
@@ -100,10 +106,12 @@ def kept_history(output_dir):
         return {}
 
 
-def wait_for_epoch(process, folder):
-    """Wait until `process` has kept one epoch more than it found, or has ended."""
-    before = kept_history(folder / "output").get("epoch")
-    while process.poll() is None and kept_history(folder / "output").get("epoch") == before:
+def wait_for_checkpoint(process, folder, epochs):
+    """Wait until `process` has kept a checkpoint of so many epochs or more, or has ended."""
+    while process.poll() is None:
+        history = kept_history(folder / "output")
+        if history and len(history["epoch"]) >= epochs:
+            break
         time.sleep(0.05)
 
 
@@ -115,6 +123,17 @@ def assert_same_run(one, other):
     for metrics in one, other:
         del metrics["seconds"], metrics["test"]["milliseconds_per_face"]
     assert one == other
+
+
+def changed_script(folder, *changes):
+    """Write a copy of the script, changed by pairs of a text and what stands in its place."""
+    text = SCRIPT.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = Path(folder, "changed.py")
+    path.write_text(text)
+    return path
 
 
 def make_dataset(folder, train=6, public=2, private=2, draw=None):
@@ -195,3 +214,23 @@ def whole_run(shared, small_dataset):
     process = json.loads((folder / "process.json").read_text())
     assert process["returncode"] == 0, process["stderr"]
     return folder
+
+
+@pytest.fixture(scope="session")
+def killed_run(shared, small_dataset):
+    """Return the folder of a run on data/ there that was killed, resumed, and killed again.
+
+    First before or after its first epoch, then after one epoch or more.
+    """
+    def kill_twice(folder):
+        shutil.copytree(small_dataset, folder / "data")
+        for epochs, arguments in (0, ("--data-dir", "data", *RUN)), (1, ("--resume",)):
+            process = start(*arguments, cwd=folder)
+            wait_for_checkpoint(process, folder, epochs)
+            seconds = kept_history(folder / "output").get("seconds", [1])[-1]
+            time.sleep(random.uniform(0, seconds / 2))  # into an epoch, or into the saving
+            process.kill()
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL
+
+    return shared("killed", kill_twice)

@@ -1,16 +1,21 @@
-"""The data: split, augmentation, unusual images, where the dataset is found, drawn faces."""
+"""The data: split, unusual files and images, augmentation, where the dataset is found."""
 
 import io
 import json
 import os
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import EMOTIONS, flat, make_dataset, script
+from conftest import EMOTIONS, changed_script, flat, make_dataset, script
 from PIL import Image
+from tensorflow.keras.preprocessing.image import ImageDataGenerator
+
+
+def in_one(batches):
+    """Return the images and labels of an epoch, which comes in batches."""
+    return tuple(map(np.concatenate, zip(*batches.as_numpy_iterator())))
 
 
 def test_split_follows_the_file_names(tmp_path, capsys):
@@ -24,81 +29,36 @@ def test_split_follows_the_file_names(tmp_path, capsys):
         return flat(shade)
 
     make_dataset(tmp_path, 5, 3, 1, draw)
-    data = script.load_data(tmp_path, batch_size=8, seed=0)
+    data = script.load_data(tmp_path)
     assert data.emotions == EMOTIONS
-    assert len(data.training) == 5  # 35 images, the last batch is smaller
-    batches = [data.training[index] for index in range(len(data.training))]
-    images, labels = map(np.concatenate, zip(*batches))
-    training = script.LabelledImages(images, labels, clean=None)
-    for kind, part in (("Training", training), ("PublicTest", data.validation),
-                       ("PrivateTest", data.test)):
-        seen = zip(part.images[:, 0, 0, 0].astype(int).tolist(), part.labels.tolist())
+    batches = script.augmented_batches(data, 8, 0)
+    assert [len(labels) for _, labels in batches] == [8, 8, 8, 8, 3]
+    augmented = script.LabelledImages(*in_one(batches), clean=None)
+    for kind, part in (("Training", data.training), ("Training", augmented),
+                       ("PublicTest", data.validation), ("PrivateTest", data.test)):
+        seen = zip(part.images[:, 0, 0, 0].round().astype(int).tolist(), part.labels.tolist())
         expected = [(shade, label) for shade, (of, label) in known.items() if of == kind]
         assert sorted(seen) == sorted(expected)
-    assert "35 training, 21 validation and 7 test images" in capsys.readouterr().out
-
-
-def test_only_training_images_are_augmented(small_dataset):
-    data = script.load_data(small_dataset, batch_size=42, seed=0)
-    for kind, part in ("PublicTest", data.validation), ("PrivateTest", data.test):
-        files = [small_dataset / "test" / emotion / f"{kind}_{number}.png"
-                 for emotion in EMOTIONS for number in range(2)]
-        assert np.array_equal(part.images[..., 0],
-                              [np.asarray(Image.open(file)) for file in files])
-        assert part.labels.tolist() == [EMOTIONS.index(file.parent.name) for file in files]
-    originals = {np.asarray(Image.open(file), "float32").tobytes()
-                 for file in small_dataset.glob("train/*/*.png")}
-    first = data.training[0][0]
-    assert first.dtype == "float32" and first.shape == (42, 48, 48, 1)
-    assert not {image.tobytes() for image in first} & originals
-    data.training.start_epoch(1)
-    second = data.training[0][0]
-    assert not {image.tobytes() for image in first} & {image.tobytes() for image in second}
-
-
-def test_what_else_the_generator_is_told_to_do_is_done(small_dataset, monkeypatch):
-    monkeypatch.setattr(script, "AUGMENTATION", {
-        "rescale": 1 / 255, "preprocessing_function": lambda image: 255 - image})
-    training = script.load_data(small_dataset, batch_size=42).training
-    images, _ = training[0]
-    expected = (255 - training.images[training.order].astype("float32")) / 255
-    assert np.allclose(images, expected)
-
-
-def test_an_epoch_leaves_the_random_numbers_of_others_alone(small_dataset):
-    np.random.seed(5)
-    expected = np.random.random(3)
-    np.random.seed(5)
-    script.load_data(small_dataset).training.start_epoch(1)
-    assert np.array_equal(np.random.random(3), expected)
-
-
-def test_batches_are_the_same_in_whatever_order_and_thread_they_are_made(small_dataset):
-    training = script.load_data(small_dataset, batch_size=4, seed=3).training
-    one_by_one = [training[i] for i in range(len(training))]
-    with ThreadPoolExecutor(4) as pool:
-        at_once = list(pool.map(training.__getitem__, reversed(range(len(training)))))[::-1]
-    for (images, labels), (same_images, same_labels) in zip(one_by_one, at_once):
-        assert np.array_equal(images, same_images) and np.array_equal(labels, same_labels)
-    training.start_epoch(1)
-    assert not np.array_equal(training[0][1], one_by_one[0][1])  # a new order
+    output = capsys.readouterr().out
+    assert f"7 emotions: {', '.join(EMOTIONS)}\n" in output
+    assert "35 training, 21 validation and 7 test images" in output
 
 
 def test_without_kaggle_names_a_stratified_tenth_is_held_out(tmp_path, capsys):
     shades = iter(range(7 * 22))
     make_dataset(tmp_path, 20, 1, 1, lambda *_: flat(next(shades)))
     for number, file in enumerate(sorted(tmp_path.glob("*/*/*.png"))):
-        file.rename(file.with_name(f"{number}.png"))
-    held_out = []
-    for seed in (3, 3, 4):
-        data = script.load_data(tmp_path, batch_size=200, seed=seed)
-        assert np.bincount(data.validation.labels).tolist() == [2] * 7
-        assert len(data.training.labels) == 7 * 18 and len(data.test.images) == 14
-        held_out.append(data.validation.images[:, 0, 0, 0].tolist())
-        assert not set(held_out[-1]) & set(data.training[0][0][:, 0, 0, 0].tolist())
-    assert held_out[0] == held_out[1] != held_out[2]
+        file.rename(file.with_name(f"{number:03}.png"))
+    data, again = script.load_data(tmp_path), script.load_data(tmp_path)
+    assert np.bincount(data.validation.labels).tolist() == [2] * 7
+    assert np.bincount(data.training.labels).tolist() == [18] * 7
+    assert len(data.test.images) == 14
+    held_out, trained_on = (set(part.images[:, 0, 0, 0].tolist())
+                            for part in (data.validation, data.training))
+    assert len(held_out) == 14 and not held_out & trained_on
+    assert np.array_equal(data.validation.images, again.validation.images)
     output = capsys.readouterr().out
-    assert output.count("a tenth of train/ is held out for validation") == 3
+    assert output.count("a tenth of train/ is held out for validation") == 2
 
 
 def test_an_emotion_with_one_image_is_trained_on_and_not_held_out(tmp_path):
@@ -107,63 +67,69 @@ def test_an_emotion_with_one_image_is_trained_on_and_not_held_out(tmp_path):
         file.rename(file.with_name("x.png"))
     for number in 1, 2:
         (tmp_path / f"train/disgust/Training_{number}.png").unlink()
-    data = script.load_data(tmp_path, batch_size=8, seed=0)
-    disgust = EMOTIONS.index("disgust")
+    data = script.load_data(tmp_path)
+    assert EMOTIONS[1] == "disgust"
     assert np.bincount(data.validation.labels, minlength=7).tolist() == [1, 0, 1, 1, 1, 1, 1]
-    assert np.bincount(data.training.labels).tolist() == [2, 1, 2, 2, 2, 2, 2] and disgust == 1
+    assert np.bincount(data.training.labels).tolist() == [2, 1, 2, 2, 2, 2, 2]
 
 
 def test_clean_leaves_out_the_test_images_that_stand_in_train(tmp_path, capsys):
     make_dataset(tmp_path)
     shutil.copy(tmp_path / "train/sad/Training_0.png", tmp_path / "test/happy/PrivateTest_1.png")
-    test = script.load_data(tmp_path, batch_size=8, seed=0).test
+    test = script.load_data(tmp_path).test
     assert np.flatnonzero(~test.clean).tolist() == [2 * EMOTIONS.index("happy") + 1]
     assert "1 of the test images also stand in train/" in capsys.readouterr().out
 
 
-def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_passed_over(
-        tmp_path, capsys):
+def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(tmp_path, capfd):
     make_dataset(tmp_path, 1, 1, 1, lambda *_: flat(90))
     Image.new("RGB", (100, 60), (90, 90, 90)).save(tmp_path / "train/fear/Training_0.png")
     Image.new("L", (96, 96), 90).save(tmp_path / "train/sad/Training_0.png")
     Image.new("P", (20, 20), 0).save(tmp_path / "train/angry/photo.GIF")
-    for name in ".DS_Store", "Thumbs.db", "._Training_0.png", "notes.txt":
+    for name in ".DS_Store", "Thumbs.db", "._Training_0.png", "notes.txt", "more.txt":
         (tmp_path / "train/happy" / name).write_text("no image")
-    (tmp_path / "train/.ipynb_checkpoints").mkdir()
-    flat(90).save(tmp_path / "train/loose.png")
+    for hidden in ".ipynb_checkpoints", "sad/.thumbnails":
+        (tmp_path / "train" / hidden).mkdir()
+        (tmp_path / "train" / hidden / "hidden.png").write_text("no image")
+    assert script.find_emotions(tmp_path) == EMOTIONS
     paths, images, labels = script.read_images(tmp_path / "train", EMOTIONS)
     assert images.shape == (8, 48, 48, 1) and images.dtype == "uint8"
     assert [path.name for path in paths] == ["Training_0.png", "photo.GIF"] + ["Training_0.png"] * 6
     assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
     assert (np.delete(images, 1, axis=0) == 90).all()
-    happy = tmp_path / "train/happy"
-    assert capsys.readouterr().err == (
-        "passed over, no images by their endings, or in no emotion's folder: "
-        f"{tmp_path}/train/loose.png, {happy}/Thumbs.db, {happy}/notes.txt\n")
+    output, errors = capfd.readouterr()
+    assert output == "" and errors == (
+        f"{tmp_path / 'train/happy'}: 3 files passed over, no images by their endings "
+        "(.db, .txt)\n")
 
 
-def test_images_are_read_however_deep_they_lie(tmp_path, capsys):
-    """As Keras's flow_from_directory does: one folder for each person, say; linked ones too."""
+def test_images_are_read_however_deep_they_lie(tmp_path, capfd):
+    """As Keras's flow_from_directory does: one folder for each person, say."""
     make_dataset(tmp_path, 3, 1, 1, lambda *_: flat(90))
-    person = tmp_path / "train/sad/person.jpg"  # a folder, in spite of its name
-    person.mkdir()
+    person = tmp_path / "train/sad/people/person.jpg"  # a folder, in spite of its name
+    person.mkdir(parents=True)
     (tmp_path / "train/sad/Training_0.png").rename(person / "0.png")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "train/sad/Training_1.png").rename(tmp_path / "elsewhere/1.png")
-    (tmp_path / "train/sad/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train/fear").rename(tmp_path / "fear")
+    (tmp_path / "train/fear").symlink_to(tmp_path / "fear")
     training = script.load_data(tmp_path).training
     assert np.bincount(training.labels).tolist() == [3] * 7
+    assert capfd.readouterr().err == ""
+
+
+def test_image_endings_are_those_that_can_be_read():
+    assert script.IMAGE_ENDINGS >= {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif",
+                                    ".heic"}
+    assert not script.IMAGE_ENDINGS & {".mpg", ".h5", ".grib", ".pdf", ".txt", ".mp4"}
 
 
 def test_emotions_are_the_folders_of_the_dataset(tmp_path, run_here):
     """Three emotions, trained and evaluated; the network tells them by their own names."""
     emotions = ["bored", "contempt", "tired & sleepy"]
     make_dataset(tmp_path / "data", 4, 2, 2)
-    for old, new in zip(EMOTIONS, emotions):
-        for part in "train", "test":
+    for part in "train", "test":
+        for old, new in zip(EMOTIONS, emotions):
             (tmp_path / "data" / part / old).rename(tmp_path / "data" / part / new)
-    for emotion in EMOTIONS[3:]:
-        for part in "train", "test":
+        for emotion in EMOTIONS[3:]:
             shutil.rmtree(tmp_path / "data" / part / emotion)
     process = run_here("--epochs", 1, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
@@ -177,9 +143,14 @@ def test_emotions_are_the_folders_of_the_dataset(tmp_path, run_here):
     assert list(json.loads(process.stdout)["probabilities"]) == emotions
 
 
-def test_of_fer2013_no_line_names_the_emotions(small_dataset, capsys):
-    script.load_data(small_dataset)
-    assert "emotions" not in capsys.readouterr().out
+def test_an_eighth_emotion_is_one_more_folder(tmp_path):
+    make_dataset(tmp_path, 2, 1, 1)
+    for part in "train", "test":
+        shutil.copytree(tmp_path / part / "sad", tmp_path / part / "contempt")
+    data = script.load_data(tmp_path)
+    assert data.emotions == sorted([*EMOTIONS, "contempt"])
+    assert np.bincount(data.training.labels).tolist() == [2] * 8
+    assert script.create_CNN(len(data.emotions)).output_shape == (None, 8)
 
 
 def encode(image, kind, **options):
@@ -191,41 +162,54 @@ def encode(image, kind, **options):
 
 def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
     grey = Image.new("L", (48, 48), 90)
-    deep = Image.fromarray(np.full((48, 48), 90 * 256, "uint16"))
-    big_endian = Image.new("I;16B", (48, 48), 90 * 256)
-    hidden = Image.new("LA", (48, 48))  # black, and nothing of it to be seen
-    hidden.paste((90, 255), (0, 0, 24, 48))
-    hidden.save(tmp_path / "hidden.png")
-    half = script.face_pixels(script.open_image(tmp_path / "hidden.png"))
-    assert (half[:, :24] == 90).all() and (half[:, 24:] == 255).all()
-    malformed = {"exif": b"Exif\0\0no TIFF header"}
     animation = {"save_all": True, "append_images": [Image.new("L", (48, 48), 200)]}
+    make_dataset(tmp_path, 1, 1, 1)
     for name, contents in {
             "CMYK.jpg": encode(grey.convert("CMYK"), "JPEG", quality=100),
-            "16 bits.png": encode(deep, "PNG"), "16 bits.tif": encode(deep, "TIFF"),
-            "16 bits of a scanner.tif": encode(big_endian, "TIFF"),
-            "from 0 to 1.tif": encode(Image.new("F", (48, 48), 90 / 255), "TIFF"),
-            "32 bits, up to 255.tif": encode(Image.new("I", (48, 48), 90), "TIFF"),
-            "transparency.png": encode(grey.convert("LA"), "PNG"),
-            "malformed Exif.png": encode(grey, "PNG", **malformed),
+            "nothing is transparent.png": encode(grey.convert("LA"), "PNG"),
+            "malformed Exif.jpg": encode(grey, "JPEG", exif=b"Exif\0\0no TIFF header"),
             "the first frame of an animation.gif": encode(grey, "GIF", **animation)}.items():
-        (tmp_path / name).write_bytes(contents)
-        pixels = script.face_pixels(script.open_image(tmp_path / name))
+        (tmp_path / "train/sad" / name).write_bytes(contents)
+        pixels = script.face_pixels(script.open_image(tmp_path / "train/sad" / name))
         assert pixels.shape == (48, 48) and pixels.dtype == "uint8", name
         assert np.abs(pixels.astype(int) - 90).max() <= 2, name
-        make_dataset(tmp_path, 1, 1, 1)
-        (tmp_path / "train/sad" / name).write_bytes(contents)
-    training = script.load_data(tmp_path, 2, 0).training
+    assert len(script.load_data(tmp_path).training.labels) == 11
     output, errors = capfd.readouterr()
-    assert "16 training, 7 validation and 7 test images" in output and errors == ""
-    assert len(training.labels) == 16
+    assert "11 training, 7 validation and 7 test images" in output and errors == ""
 
 
+@pytest.mark.parametrize("damage", [
+    lambda contents: b"", lambda contents: b"no image", lambda contents: contents[:-200]])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, damage):
+    face = script.draw_face("sad", np.random.default_rng(0))
+    (tmp_path / "face.png").write_bytes(damage(encode(face, "PNG")))
+    with pytest.raises(script.InputError, match=f"^{tmp_path}/face.png cannot be read as an image"):
+        script.open_image(tmp_path / "face.png")
+
+
+# How a camera that was turned has stored what was upright: of Exif's orientations, the values.
+TURNED = {
+    1: lambda pixels: pixels, 2: np.fliplr, 3: lambda pixels: np.rot90(pixels, 2), 4: np.flipud,
+    5: np.transpose, 6: np.rot90, 7: lambda pixels: np.rot90(pixels, 2).T,
+    8: lambda pixels: np.rot90(pixels, -1)}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_images_come_upright(tmp_path, orientation):
+    upright = np.random.default_rng(0).integers(0, 256, (30, 50), "uint8")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(TURNED[orientation](upright)).save(tmp_path / "photo.png", exif=exif)
+    photo = script.open_image(tmp_path / "photo.png")
+    assert photo.mode == "RGB" and np.array_equal(np.asarray(photo)[..., 0], upright)
+
+
+@pytest.mark.filterwarnings("ignore:Image size")  # Pillow's own; the script as a program is silent
 def test_photos_of_200_megapixels_are_read_and_larger_ones_named(tmp_path):
-    Image.new("L", (16384, 12288), 90).save(tmp_path / "large.png")
+    Image.new("1", (16384, 12288), 1).save(tmp_path / "large.png")
     assert script.open_image(tmp_path / "large.png").size == (16384, 12288)
     Image.new("1", (20000, 20000)).save(tmp_path / "larger.png")
-    with pytest.raises(script.InputError, match="larger.png is too large: .* 250 megapixels"):
+    with pytest.raises(script.InputError, match="larger.png cannot be read as an image: .* pixels"):
         script.open_image(tmp_path / "larger.png")
 
 
@@ -244,32 +228,135 @@ def test_names_that_are_not_utf_8(small_dataset, tmp_path, run_here):
     assert "Training_" in process.stderr
 
 
+def test_only_training_images_are_augmented(small_dataset):
+    data = script.load_data(small_dataset)
+    originals = {np.asarray(Image.open(file), "float32").tobytes()
+                 for file in small_dataset.glob("train/*/*.png")}
+    first, second = (in_one(script.augmented_batches(data, 16, [0, epoch]))[0] for epoch in (0, 1))
+    assert first.dtype == "float32" and first.shape == (42, 48, 48, 1)
+    assert not {image.tobytes() for image in first} & originals
+    assert not {image.tobytes() for image in first} & {image.tobytes() for image in second}
+    for kind, part in ("PublicTest", data.validation), ("PrivateTest", data.test):
+        files = [small_dataset / "test" / emotion / f"{kind}_{number}.png"
+                 for emotion in EMOTIONS for number in range(2)]
+        assert np.array_equal(part.images[..., 0],
+                              [np.asarray(Image.open(file)) for file in files])
+        assert part.labels.tolist() == [EMOTIONS.index(file.parent.name) for file in files]
+
+
+# One of each kind of affine transform, as ImageDataGenerator names its parameters, and all at once.
+TRANSFORMS = {
+    "none": {}, "rotation": {"theta": 33}, "shift down": {"tx": 5.3}, "shift right": {"ty": -7.8},
+    "shear": {"shear": 21}, "zoom": {"zx": 0.8, "zy": 0.8}, "asymmetrical zoom": {"zx": 1.3},
+    "other asymmetrical zoom": {"zx": 0.9, "zy": 1.2}, "flip": {"flip_horizontal": True},
+    "upside down": {"flip_vertical": True}, "both flips": {"flip_horizontal": True,
+                                                           "flip_vertical": True},
+    "all": {"theta": -14, "tx": 3.1, "ty": 6.7, "shear": -9, "zx": 1.15, "zy": 0.85,
+            "flip_horizontal": True, "flip_vertical": True}}
+
+
+def assert_transforms_agree(images, transforms):
+    """Assert that the graph transforms float images as ImageDataGenerator does."""
+    generator = ImageDataGenerator(dtype="float32")
+    expected = [generator.apply_transform(image, transform)
+                for image, transform in zip(images, transforms)]
+    matrices = script.affine_matrices(transforms)
+    assert np.abs(script.transform_images(images, matrices) - expected).max() < 0.01
+
+
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_each_transform_is_that_of_the_generator(kind):
+    images = np.random.default_rng(0).uniform(0, 255, (2, 48, 48, 1)).astype("float32")
+    assert_transforms_agree(images, [TRANSFORMS[kind]] * 2)
+
+
+def test_transforms_that_the_generator_draws_are_its_own():
+    generator = ImageDataGenerator(
+        horizontal_flip=True, vertical_flip=True, rotation_range=180, width_shift_range=0.5,
+        height_shift_range=[-9, 0, 4], shear_range=40, zoom_range=(0.6, 1.7))
+    images = np.random.default_rng(1).uniform(0, 255, (60, 48, 48, 1)).astype("float32")
+    assert_transforms_agree(
+        images, [generator.get_random_transform((48, 48, 1), seed) for seed in range(60)])
+
+
+def test_order_and_transforms_of_an_epoch_depend_on_seed_and_epoch_alone(small_dataset):
+    data = script.load_data(small_dataset)
+    images, labels = in_one(script.augmented_batches(data, 8, [3, 0]))
+    np.random.seed(99)
+    for batch_size in 8, 42:
+        again = script.augmented_batches(data, batch_size, [3, 0])
+        np.random.random(1000)  # others draw random numbers while it trains
+        same_images, same_labels = in_one(again)
+        assert np.array_equal(same_labels, labels) and np.array_equal(same_images, images)
+    for seed in [3, 1], [4, 0]:
+        assert not np.array_equal(in_one(script.augmented_batches(data, 8, seed))[1], labels)
+
+
+def test_an_epoch_leaves_the_random_numbers_of_others_alone(small_dataset):
+    data = script.load_data(small_dataset)
+    np.random.seed(5)
+    expected = np.random.random(3)
+    np.random.seed(5)
+    in_one(script.augmented_batches(data, 8, [0, 1]))
+    assert np.array_equal(np.random.random(3), expected)
+
+
+@pytest.mark.parametrize("augmentation", [
+    {"brightness_range": (0.5, 1)}, {"rescale": 1 / 255}, {"channel_shift_range": 20}])
+def test_augmentation_that_is_not_affine_is_an_error(small_dataset, monkeypatch, augmentation):
+    monkeypatch.setattr(script, "AUGMENTATION", {"zoom_range": 0.1, **augmentation})
+    with pytest.raises(script.InputError, match=f"AUGMENTATION: {[*augmentation][0]} is not aff"):
+        script.load_data(small_dataset)
+
+
+def test_augmentation_that_is_not_affine_ends_the_script(small_dataset, tmp_path, run_here):
+    changed = changed_script(tmp_path, (
+        '"zoom_range": 0.1}', '"zoom_range": 0.1,\n                "brightness_range": (0.5, 1)}'))
+    process = run_here("--data-dir", small_dataset, cwd=tmp_path, program=changed)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: AUGMENTATION: brightness_range is not affine")
+    assert not (tmp_path / "output").exists()
+
+
 @pytest.fixture
-def kagglehub(small_dataset, tmp_path, monkeypatch):
-    """Put a stand-in for kagglehub first on the path; it notes each call and gives the dataset."""
+def kagglehub(tmp_path, monkeypatch):
+    """Put a stand-in for kagglehub first on the path; it notes each call, and gives a folder."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/kagglehub.py").write_text(
         f"def dataset_download(handle):\n"
         f"    open({str(tmp_path / 'calls')!r}, 'a').write(handle)\n"
-        f"    return {str(small_dataset)!r}\n")
+        f"    return {str(tmp_path / 'cache')!r}\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.delitem(sys.modules, "kagglehub", raising=False)
 
 
 def test_the_dataset_is_downloaded_where_there_is_none(kagglehub, tmp_path, run_here):
+    """With its version: without one, kagglehub needs the network even for what is in its cache."""
+    make_dataset(tmp_path / "cache", 1, 1, 1)
+    (tmp_path / "cache/test/happy/x.jpg").write_text("no image, which ends the run early")
     process = run_here("--epochs", 1, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert (tmp_path / "calls").read_text() == "msambare/fer2013"
-    assert "42 training, 14 validation and 14 test images" in process.stdout
+    assert (tmp_path / "calls").read_text() == "msambare/fer2013/versions/1"
+    assert f"Reading {tmp_path / 'cache'}\n7 emotions: angry, " in process.stdout
+    assert process.returncode == 2 and str(tmp_path / "cache/test/happy/x.jpg") in process.stderr
+
+
+def test_a_download_that_fails_names_its_reason_and_the_ways_on(
+        kagglehub, tmp_path, monkeypatch):
+    (tmp_path / "site/kagglehub.py").write_text("raise OSError('no HOME\\nfor you')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(script.InputError) as error:
+        script.find_dataset()
+    message = str(error.value)
+    assert "(OSError: no HOME for you)" in message and "\n" not in message
+    assert all(way in message for way in ("data/", "--data-dir", "--demo", "https://www.kaggle.c"))
 
 
 def test_data_folder_that_is_there_is_used_however_small_and_nothing_downloaded(
         kagglehub, tmp_path, monkeypatch, capsys):
     make_dataset(tmp_path / "data", 1, 1, 1)
     monkeypatch.chdir(tmp_path)
-    settings = script.complete(script.Settings())
-    assert settings.data_dir == "data" and settings.precision == script.fastest_precision()
-    script.load_data(settings.data_dir)
+    assert script.find_dataset() == "data"
+    script.load_data("data")
     assert "7 training, 7 validation and 7 test images" in capsys.readouterr().out
     assert not (tmp_path / "calls").exists()
 
@@ -278,7 +365,7 @@ def test_a_mistyped_data_dir_is_an_error_and_never_a_download_or_drawings(
         kagglehub, tmp_path, run_here):
     process = run_here("--data-dir", "dta", cwd=tmp_path)
     assert process.returncode == 2 and "dta" in process.stderr
-    assert not (tmp_path / "calls").exists() and "drawn" not in process.stdout
+    assert not (tmp_path / "calls").exists() and "Drawing" not in process.stdout
 
 
 def test_data_folder_that_is_there_is_used_even_where_it_holds_bad_input(
@@ -289,7 +376,7 @@ def test_data_folder_that_is_there_is_used_even_where_it_holds_bad_input(
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1 and "data/test/happy/x.jpg" in process.stderr
     assert not (tmp_path / "calls").exists()  # nothing downloaded
-    assert not (tmp_path / "output/unfinished").exists()
+    assert not (tmp_path / "output").exists()
 
 
 def test_drawn_faces_have_the_layout_of_the_dataset_and_differ(tmp_path):

@@ -4,13 +4,14 @@ import csv
 import itertools
 import json
 import math
+import runpy
 import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import EMOTIONS, OUTPUTS, script
+from conftest import EMOTIONS, OUTPUTS, changed_script, script, small_network
 from PIL import Image
 from scipy import ndimage
 
@@ -27,119 +28,130 @@ class Oracle:
         self.images = np.zeros((len(self.probabilities), 48, 48, 1), "uint8")
         self.images[:, :, :24] = 255
 
-    def __call__(self, images):
+    def predict_on_batch(self, images):
         images = np.asarray(images)
         for image in np.delete(images, np.s_[20:28], axis=2):  # other sizes blur the middle
             assert np.allclose(image.min(axis=0), image.max(axis=0), atol=0.01)
             assert image[0, :, 0].round().tolist() in ([255] * 20 + [0] * 20, [0] * 20 + [255] * 20)
-        is_mirrored, times = images[:, 0, 0, 0] < 1, (len(images) // len(self.images), 1)
-        return np.where(is_mirrored[:, np.newaxis], np.tile(self.mirrored, times),
-                        np.tile(self.probabilities, times))
+        is_mirrored = images[:, 0, 0, 0] < 1
+        views = len(images) // len(self.images)
+        return np.where(is_mirrored[:, np.newaxis], np.repeat(self.mirrored, views, axis=0),
+                        np.repeat(self.probabilities, views, axis=0))
 
     def predict(self, images, **_):
-        return self(images)
+        return self.predict_on_batch(images)
 
 
-@pytest.fixture
-def in_python():
-    """Let what stands in for a network be called anew each time, and not traced by TensorFlow."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
+def data_with(images, labels, clean=None, emotions=EMOTIONS):
+    """Return Data of which evaluation and plots see the test images alone."""
+    test = script.LabelledImages(images, np.array(labels), clean)
+    return script.Data(emotions, augmentation=None, training=None, validation=None, test=test)
 
 
 def evaluate(oracle, labels, clean):
     """Evaluate an oracle on its images; return scores and probabilities."""
-    test = script.LabelledImages(oracle.images, labels, clean)
-    return script.evaluate_model(oracle, test, EMOTIONS)
+    return script.evaluate_model(oracle, data_with(oracle.images, labels, clean))
 
 
-def test_evaluate_model_against_figures_worked_out_by_hand(in_python, capsys):
+# --- Evaluation -----------------------------------------------------------------------------------
+def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
     labels = np.array([0, 0, 0, 0, 3, 3])  # four angry, two happy
     predictions = [0, 0, 0, 3, 3, 5]
     probabilities = np.full((6, 7), 0.05)
     probabilities[range(6), predictions] = 0.7
     clean = np.array([True, True, True, False, False, True])
     oracle = Oracle(probabilities)
-    figures, averaged = evaluate(oracle, labels, clean)
-    assert np.allclose(averaged, probabilities) and figures["milliseconds_per_face"] > 0
-    assert figures["accuracy"] == figures["single_image_accuracy"] == pytest.approx(4 / 6)
-    assert figures["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
-    assert figures["clean_accuracy"] == pytest.approx(3 / 4) and figures["clean_images"] == 4
+    scores, averaged = evaluate(oracle, labels, clean)
+    assert np.allclose(averaged, probabilities) and scores["milliseconds_per_face"] > 0
+    assert scores["accuracy"] == scores["single_image_accuracy"] == pytest.approx(4 / 6)
+    assert scores["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert scores["clean_accuracy"] == pytest.approx(3 / 4) and scores["clean_images"] == 4
     # All are 70 % sure, and so in one bin, in which 4 of 6 are right.
-    assert figures["calibration_error"] == pytest.approx(0.7 - 4 / 6)
-    assert figures["loss"] == pytest.approx(-(4 * np.log(0.7) + 2 * np.log(0.05)) / 6)
-    assert figures["emotions"]["angry"] == pytest.approx(
+    assert scores["calibration_error"] == pytest.approx(0.7 - 4 / 6)
+    assert scores["loss"] == pytest.approx(-(4 * np.log(0.7) + 2 * np.log(0.05)) / 6)
+    assert scores["emotions"]["angry"] == pytest.approx(
         {"precision": 1, "recall": 3 / 4, "f1": 6 / 7, "count": 4})
-    assert figures["emotions"]["happy"] == pytest.approx(
+    assert scores["emotions"]["happy"] == pytest.approx(
         {"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "count": 2})
-    assert figures["emotions"]["sad"] == {"precision": 0, "recall": 0, "f1": 0, "count": 0}
+    assert scores["emotions"]["sad"] == {"precision": 0, "recall": 0, "f1": 0, "count": 0}
     expected = np.zeros((7, 7))
     expected[0, [0, 3]], expected[3, [3, 5]] = (3, 1), (1, 1)
-    assert np.array_equal(figures["confusion_matrix"], expected)
+    assert np.array_equal(scores["confusion_matrix"], expected)
+    json.dumps(scores)  # as metrics.json holds them
     output = capsys.readouterr().out
-    for words in ("accuracy               66.67%", "balanced accuracy      62.50%",
-                  "clean accuracy         75.00%", "single image accuracy  66.67%",
-                  "calibration error      3.33%", "loss                   1.2364",
-                  "angry         100.0%    75.0%    85.7%        4"):
+    for words in ("Test, 6 images, 4 of them clean", "  accuracy               0.6667\n",
+                  "balanced accuracy      0.6250\n", "clean accuracy         0.7500\n",
+                  "single image accuracy  0.6667\n", "calibration error      0.0333\n",
+                  "loss                   1.2364\n",
+                  "angry         100.0%    75.0%    85.7%        4\n"):
         assert words in output
 
 
-def test_calibration_error_against_a_value_worked_out_by_hand(in_python):
-    """In the bin up to 14/15, 2 are right where 2.7 are expected; up to 6/15, 1 of 0.74."""
-    probabilities = np.zeros((5, 7))
-    probabilities[:3, :2] = 0.9, 0.1
-    probabilities[3:, :3] = (0.39, 0.31, 0.3), (0.35, 0.33, 0.32)
+def test_calibration_error_against_a_value_worked_out_by_hand():
+    """Of 15 bins: 1.79 are expected in the 14th and 1 is right, 0.94 and 1, 0.74 and 1."""
+    confidence = np.array([0.87, 0.92, 0.94, 0.39, 0.35])
+    probabilities = np.repeat((1 - confidence[:, np.newaxis]) / 6, 7, axis=1)
+    probabilities[:, 0] = confidence
     oracle = Oracle(probabilities)
-    figures, _ = evaluate(oracle, np.array([0, 0, 1, 0, 1]), np.ones(5, bool))
-    assert figures["calibration_error"] == pytest.approx((0.7 + 0.26) / 5)
+    scores, _ = evaluate(oracle, np.array([0, 1, 0, 0, 1]), np.ones(5, bool))
+    assert scores["calibration_error"] == pytest.approx((0.79 + 0.06 + 0.26) / 5)
 
 
-def test_views_are_the_image_in_three_sizes_and_at_three_heights_and_mirrored(in_python):
+def test_views_are_the_image_in_three_sizes_and_at_three_heights_and_mirrored():
     """90 images, which take more than one call of the network."""
     images = np.random.default_rng(0).integers(0, 256, (90, 48, 48, 1), "uint8")
     views = []
-    for margin, down in itertools.product((2, 0, -2), (-2, 0, 2)):  # seen from that much within
-        rows, columns = (np.arange(margin + by, 48 - margin + by).clip(0, 47) for by in (down, 0))
+    for size, down in itertools.product((44, 48, 52), (-2, 0, 2)):  # seen from that much of it
+        columns = 23.5 + (np.arange(48) - 23.5) * size / 48
+        places = np.meshgrid(columns + down, columns, indexing="ij")
         views.append(np.stack([
-            ndimage.zoom(image[..., 0].astype("float32"), 48 / len(rows), order=1, mode="nearest",
-                         grid_mode=True) for image in images[:, rows][:, :, columns]]))
+            ndimage.map_coordinates(image[..., 0].astype("float32"), places, order=1,
+                                    mode="nearest") for image in images]))
+    views += [view[:, :, ::-1] for view in views]
     calls = []
 
-    def network(views):  # tells the views apart: the sum of its probabilities is of no matter
-        calls.append(np.asarray(views))
-        return np.repeat(np.eye(18)[:, :7], len(views) // 18, axis=0)
+    class Network:
+        def predict_on_batch(self, seen):  # tells the views apart; what they give is of no matter
+            calls.append(np.asarray(seen))
+            return np.tile(np.eye(18)[:, :7], (len(seen) // 18, 1))
 
-    probabilities = script.classify_faces(network, images)
-    for number, expected in enumerate((*views, *(view[:, :, ::-1] for view in views))):
-        seen = np.concatenate([np.split(call, 18)[number] for call in calls])
-        assert np.allclose(seen[..., 0], expected, atol=0.01)
+    probabilities = script.classify_faces(Network(), images)
+    seen = np.concatenate(calls).reshape(90, 18, 48, 48)
+    for number, expected in enumerate(views):
+        assert np.allclose(seen[:, number], expected, atol=0.02)
     assert len(calls) > 1 and np.allclose(probabilities, 1 / 18)
 
 
-def test_evaluate_model_averages_over_the_views(in_python):
+def test_classify_faces_averages_a_real_network_over_the_views():
+    images = np.random.default_rng(1).integers(0, 256, (40, 48, 48, 1), "uint8")
+    model = small_network()
+    probabilities = script.classify_faces(model, images)
+    for image, row in zip(images, probabilities, strict=True):
+        views = script.transform_images(np.repeat(image[np.newaxis], 18, axis=0), script.VIEWS)
+        expected = model.predict_on_batch(np.asarray(views)).mean(axis=0)
+        assert np.allclose(row, expected, atol=1e-6)
+
+
+def test_evaluate_model_averages_over_the_views():
     """The first image alone is taken for disgust; with its mirror image, for angry."""
     single = np.array([[0.4, 0.6, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
     mirrored = np.array([[0.7, 0.3, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
     oracle = Oracle(single, mirrored)
-    figures, _ = evaluate(oracle, np.zeros(2, int), np.ones(2, bool))
-    assert figures["single_image_accuracy"] == 0.5
-    assert figures["accuracy"] == figures["clean_accuracy"] == figures["balanced_accuracy"] == 1
-    assert figures["loss"] == pytest.approx(-(np.log(0.55) + np.log(0.9)) / 2, rel=1e-5)
+    scores, _ = evaluate(oracle, np.zeros(2, int), np.ones(2, bool))
+    assert scores["single_image_accuracy"] == 0.5
+    assert scores["accuracy"] == scores["clean_accuracy"] == scores["balanced_accuracy"] == 1
+    assert scores["loss"] == pytest.approx(-(np.log(0.55) + np.log(0.9)) / 2, rel=1e-5)
 
 
-def test_evaluate_model_where_every_test_image_stands_in_train(in_python):
+def test_evaluate_model_where_every_test_image_stands_in_train(capsys):
     oracle = Oracle(np.eye(7))
-    figures, _ = evaluate(oracle, np.arange(7), np.zeros(7, bool))
-    assert figures["accuracy"] == 1 and figures["loss"] == pytest.approx(0, abs=1e-5)
-    assert figures["clean_accuracy"] is None and figures["clean_images"] == 0
+    scores, _ = evaluate(oracle, np.arange(7), np.zeros(7, bool))
+    assert scores["accuracy"] == 1 and scores["loss"] == pytest.approx(0, abs=1e-5)
+    assert scores["clean_accuracy"] is None and scores["clean_images"] == 0
+    assert "clean accuracy" not in capsys.readouterr().out
 
 
-def scores_with(confusion):
-    """Return what `plot_performance` takes of the scores."""
-    return {"emotions": dict.fromkeys(EMOTIONS), "confusion_matrix": confusion.tolist()}
-
-
+# --- Plots ----------------------------------------------------------------------------------------
 @pytest.fixture
 def figures(monkeypatch):
     """Return the list of the figures that are saved from now on."""
@@ -153,9 +165,21 @@ def figures(monkeypatch):
     return saved
 
 
+def is_picture(path, shades=50):
+    """Return whether a file is a picture that is not blank, and not too small for a page."""
+    with Image.open(path) as picture:
+        return min(picture.size) >= 800 and len(set(picture.convert("L").tobytes())) > shades
+
+
+def scores_with(confusion):
+    """Return what `plot_performance` takes of the scores."""
+    return {"emotions": dict.fromkeys(EMOTIONS), "confusion_matrix": confusion.tolist()}
+
+
 def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, figures):
-    history = {"epoch": [1, 2, 3], "accuracy": [0.3, 0.5, 0.6], "val_accuracy": [0.4, 0.55, 0.5],
-               "loss": [1.9, 1.4, 1.2], "val_loss": [1.7, 1.3, 1.35]}
+    history = {"epoch": [1, 2, 3], "accuracy": [0.3, 0.5, 0.6], "loss": [1.9, 1.4, 1.2],
+               "val_accuracy": [0.4, 0.55, 0.5], "val_loss": [1.7, 1.3, 1.35],
+               "learning_rate": [0.006, 0.005, 0.002], "seconds": [9, 8, 8]}
     confusion = np.eye(7, dtype=int) * 3
     confusion[1, 0] = 1  # one of four disgusted faces taken for angry
     confusion[6] = 0  # nobody is surprised
@@ -177,16 +201,28 @@ def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, figures):
     assert texts[0, 0] == "100%" and texts[0, 1] == "25%" and texts[1, 1] == "75%"
     assert texts[6, 6] == "0%" and len(texts) == 49
     assert [tick.get_text() for tick in axes.get_yticklabels()] == EMOTIONS
-    for name in "accuracy", "loss", "confusion_matrix":
-        with Image.open(tmp_path / "plots" / f"{name}.png") as picture:
-            assert min(picture.size) >= 800
-            assert len(set(picture.convert("L").tobytes())) > 50  # not blank
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "accuracy.png", "loss.png", "confusion_matrix.png"}
+    assert all(is_picture(path) for path in (tmp_path / "plots").iterdir())
+
+
+def test_every_metric_with_a_value_on_validation_gets_its_own_picture(tmp_path, figures):
+    history = {"epoch": [1, 2], "accuracy": [0.3, 0.5], "loss": [1.9, 1.4], "top_2": [0.6, 0.7],
+               "val_accuracy": [0.4, 0.3], "val_loss": [1.7, 1.3], "val_top_2": [0.65, 0.8]}
+    script.plot_history(history, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", "loss.png",
+                                                               "top_2.png"]
+    axes = figures[2].axes[0]
+    training, validation, best = axes.lines
+    assert training.get_ydata().tolist() == history["top_2"] and "top_2" in axes.get_title()
+    assert validation.get_ydata().tolist() == history["val_top_2"]
+    assert best.get_xydata().tolist() == [[1, 0.65]]  # that of the accuracy
 
 
 def test_plot_of_a_single_epoch_has_whole_numbers_on_its_axis(tmp_path, figures):
     history = {"epoch": [1], "accuracy": [0.3], "val_accuracy": [0.4], "loss": [1.9],
                "val_loss": [1.7]}
-    script.plot_performance(history, scores_with(np.eye(7, dtype=int)), tmp_path)
+    script.plot_history(history, tmp_path)
     figures[0].draw_without_rendering()
     assert all(tick == int(tick) for tick in figures[0].axes[0].get_xticks())
 
@@ -199,8 +235,7 @@ def test_examples_are_the_surest_of_each_emotion_right_and_wrong(tmp_path, figur
     probabilities = np.repeat((1 - confidence[:, np.newaxis]) / 6, 7, axis=1)
     probabilities[range(12), predicted] = confidence
     images = np.broadcast_to(np.arange(12, dtype="uint8")[:, None, None, None], (12, 48, 48, 1))
-    test = script.LabelledImages(images, labels, clean=None)
-    script.plot_examples(test, probabilities, EMOTIONS, tmp_path)
+    script.plot_examples(data_with(images, labels), probabilities, tmp_path)
     shown = [[[(image.get_array().max(), axes.get_title()) for image in axes.images]
               for axes in half.axes] for half in figures[0].subfigs]
     right, wrong = ([sum(half[first:first + 3], []) for first in range(0, 21, 3)]
@@ -212,50 +247,79 @@ def test_examples_are_the_surest_of_each_emotion_right_and_wrong(tmp_path, figur
     assert [axes.get_ylabel() for axes in figures[0].subfigs[0].axes[::3]] == EMOTIONS
     assert [half.get_suptitle() for half in figures[0].subfigs] == [
         "Surest and right", "Surest and wrong: taken for"]
-    with Image.open(tmp_path / "examples.png") as picture:
-        assert min(picture.size) >= 800 and len(set(picture.convert("L").tobytes())) > 10
+    assert is_picture(tmp_path / "examples.png", shades=10)
 
 
-def test_kind_of_a_filter_is_what_it_responds_to():
-    """Filters at each angle, light and dark; the angle of an edge is that of its change."""
-    y, x = np.mgrid[-2:3, -2:3]
-    for angle, offset in itertools.product((-170, -90, -20, 0, 45, 130), (-0.2, 0, 0.1)):
-        along = x * np.cos(np.radians(angle)) + y * np.sin(np.radians(angle))
-        kind, found = script.kind_of_filter(along + offset)
-        assert kind == "gradient" and found == pytest.approx(angle)
-        for line in np.exp(-along**2), -np.exp(-along**2):
-            kind, found = script.kind_of_filter(line + offset)
-            assert kind == "edge" and abs((found - angle + 90) % 180 - 90) < 15
-    thin_lines = (x == 0), (y == 1), (x == y), (x == -y)
-    assert {script.kind_of_filter(line * 1.0)[0] for line in thin_lines} == {"edge"}
-    distance = x**2 + y**2
-    for spot in distance == 0, np.exp(-distance), -np.exp(-distance), np.exp(-distance) - 0.12:
-        assert script.kind_of_filter(spot * 1.0)[0] == "spot"
-    rng = np.random.default_rng(0)
-    kinds = [script.kind_of_filter(rng.normal(size=(5, 5)))[0] for _ in range(1000)]
-    assert 0.9 < kinds.count("mixed") / 1000 < 0.98
-    assert all(5 < kinds.count(kind) < 40 for kind in ("gradient", "edge", "spot"))
+def two_convolutions(*between, second=(3, "valid")):
+    """Return a network with a first block as given, and a second convolution."""
+    size, padding = second
+    return keras.Sequential([keras.Input((48, 48, 1)), *between,
+                             keras.layers.Conv2D(2, size, padding=padding, use_bias=False)])
 
 
-def test_first_filters_are_drawn_in_the_order_of_their_kinds():
-    y, x = np.mgrid[-2:3, -2:3]
-    spot, gradient, edge = np.exp(-(x**2.0 + y**2)), x * 1.0, np.exp(-y**2.0)
-    mixed = np.random.default_rng(0).normal(size=(5, 5))
-    figure = script.Figure()
-    script.draw_first_filters(figure, np.stack([mixed, spot, 5 * gradient, edge] + [spot] * 8))
-    first_row, second_row, scale = figure.axes
-    assert [text.get_text() for text in first_row.texts] == ["edge", "gradient"] + ["spot"] * 9
-    assert [text.get_text() for text in second_row.texts] == ["mixed"]
-    drawn = [image.get_array() for image in first_row.images]
-    assert np.allclose(drawn[0], edge / edge.max()) and np.allclose(drawn[1], gradient / 2)
-    assert scale.get_ylabel() and scale.get_ylim() == (-1, 1)
+RECEPTIVE_FIELDS = {  # the network, and what a place of its last convolution sees, by hand
+    "as in create_CNN": (lambda: two_convolutions(
+        keras.layers.Conv2D(2, 5, padding="same", use_bias=False),
+        keras.layers.MaxPooling2D(4, strides=3, padding="same")), (14, 3, -2)),
+    "kernels of 3 and plain pooling": (lambda: two_convolutions(
+        keras.layers.Conv2D(2, 3, padding="same", use_bias=False),
+        keras.layers.MaxPooling2D(2)), (8, 2, -1)),
+    "everything padded": (lambda: two_convolutions(
+        keras.layers.Conv2D(2, 3, padding="same", use_bias=False),
+        keras.layers.MaxPooling2D(3, strides=2, padding="same"), second=(5, "same")), (13, 2, -5)),
+    "strides in place of pooling": (lambda: two_convolutions(
+        keras.layers.Conv2D(2, 7, strides=3, use_bias=False)), (13, 3, 0)),
+    "nothing between": (lambda: two_convolutions(
+        keras.layers.Conv2D(2, 4, padding="same", use_bias=False), second=(1, "valid")),
+        (4, 1, -1)),
+}
 
 
-def test_second_filters_are_shown_with_what_excites_them_most():
+@pytest.mark.parametrize("name", RECEPTIVE_FIELDS)
+def test_receptive_field_is_what_a_place_sees(name):
+    """By hand, and by lighting one pixel: with positive weights all places that see it react."""
+    make, (size, step, start) = RECEPTIVE_FIELDS[name]
+    model = make()
+    model.set_weights([np.full(weight.shape, 0.1) for weight in model.get_weights()])
+    assert script.receptive_field(model, model.layers[-1]) == (size, step, start)
+    rows = [0, 1, 7, 23, 30, 46, 47]
+    images = np.zeros((len(rows), 48, 48, 1))
+    for image, row in zip(images, rows):
+        image[row, 47 - row] = 1
+    places = step * np.arange(model.output_shape[1])
+    for reaction, row in zip(model.predict_on_batch(images)[..., 0] > 0, rows):
+        sees_row, sees_column = [(start + places <= pixel) & (pixel < start + places + size)
+                                 for pixel in (row, 47 - row)]
+        assert np.array_equal(reaction, np.outer(sees_row, sees_column))
+
+
+def test_receptive_field_of_the_network():
+    model = script.create_CNN(7)
+    first, second = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert script.receptive_field(model, first) == (5, 1, -2)
+    assert script.receptive_field(model, second) == (14, 3, -2)
+
+
+def test_first_filters_are_drawn_each_as_part_of_its_largest_weight(tmp_path, figures):
+    model = script.create_CNN(2)
+    before = [weights.copy() for weights in model.get_weights()]
+    images = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 1), "uint8")
+    script.plot_filters(model, data_with(images, [0, 1, 0, 1], emotions=["a", "b"]), tmp_path)
+    kernels = next(weights for weights in before if weights.ndim == 4)[:, :, 0]
+    *axes, scale = figures[0].subfigs[0].axes
+    drawn = [np.asarray(image.get_array()) for each in axes for image in each.images]
+    expected = [kernel / np.abs(kernel).max() for kernel in kernels.transpose(2, 0, 1)]
+    assert len(drawn) == 32 and np.allclose(drawn, expected)
+    assert scale.get_ylim() == (-1, 1)
+    for now, then in zip(model.get_weights(), before):  # it looks, and changes nothing
+        assert np.array_equal(now, then)
+
+
+def test_second_filters_are_shown_with_what_excites_them_most(tmp_path, figures):
     """One filter is made to look for a bright spot, which happy images have; none is surprised."""
     model = script.create_CNN(7)
-    first, second = script.convolutions(model)
-    middle = np.zeros((5, 5, 1, 32), "float32")
+    first, second = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    middle = np.full((5, 5, 1, 32), 1e-9, "float32")
     middle[2, 2, 0, 0] = 1
     first.set_weights([middle])
     looks_for_spots = np.zeros((3, 3, 32, 384), "float32")
@@ -268,33 +332,59 @@ def test_second_filters_are_shown_with_what_excites_them_most():
     for i in np.flatnonzero(labels == 3):
         spots[i] = rng.integers(3, 45, 2)
         images[i, spots[i][0], spots[i][1]] = 255 - i
-    figure = script.Figure()
-    test = script.LabelledImages(images, labels, clean=None)
-    script.draw_second_filters(figure, model, test, EMOTIONS)
-    assert [axes.get_ylabel().split("\n")[0] for axes in figure.axes] == EMOTIONS[:6]
-    happy = figure.axes[3]
-    assert happy.get_ylabel() == "happy\nfilter 99"
-    assert [text.get_text() for text in happy.texts] == ["happy"] * 7
+    script.plot_filters(model, data_with(images, labels), tmp_path)
+    below = figures[0].subfigs[1]
+    rows = [below.axes[first:first + 7] for first in range(0, len(below.axes), 7)]
+    assert [row[0].get_ylabel().split("\n")[0] for row in rows] == EMOTIONS[:6]
+    happy = rows[3]
+    assert happy[0].get_ylabel() == "happy\nfilter 99"
+    assert [axes.get_title() for axes in happy] == ["happy"] * 7
     strongest = sorted(spots)[:7]  # the brightest ones
-    for image, frame, i in zip(happy.images, happy.patches, strongest, strict=True):
-        assert np.array_equal(image.get_array(), images[i, :, :, 0])
-        left_of_image = image.get_extent()[0]
-        row, column = spots[i]
-        left, top = frame.get_x() - left_of_image, frame.get_y()
-        assert left <= column < left + frame.get_width()
-        assert top <= row < top + frame.get_height()
-        assert left >= 0 and left + frame.get_width() <= 48 and 11 <= frame.get_width() <= 14
-        assert top >= 0 and top + frame.get_height() <= 48 and 11 <= frame.get_height() <= 14
+    for axes, i in zip(happy, strongest, strict=True):
+        assert np.array_equal(axes.images[0].get_array().squeeze(), images[i, :, :, 0])
+        frame, = axes.patches
+        lowest = np.array([frame.get_y(), frame.get_x()]) + 0.5  # the first pixel within
+        beyond = lowest + (frame.get_height(), frame.get_width())
+        assert (lowest <= spots[i]).all() and (spots[i] < beyond).all()
+        assert (lowest >= 0).all() and (beyond <= 48).all()
+        # Fields of 14 pixels start at -2, 1, 4 and so on; what lies beyond the image is cut off.
+        starts = np.where(lowest == 0, beyond - 14, lowest)
+        assert ((starts + 2) % 3 == 0).all()
+        assert (np.minimum(starts + 14, 48) == beyond).all()
+    assert is_picture(tmp_path / "filters.png")
 
 
-def test_filters_are_drawn_for_every_network_and_few_images(tmp_path):
-    """Two emotions, one of them without an image; the page is not blank."""
-    test = script.LabelledImages(np.zeros((1, 48, 48, 1), "uint8"), np.array([1]), clean=None)
-    script.plot_filters(script.create_CNN(2), test, ["a", "b"], str(tmp_path))
+def test_precision_of_training_does_not_choose_the_filters_that_are_shown(tmp_path, figures):
+    """The trained network computes in float32, while Keras's policy may still be another."""
+    model = script.create_CNN(7)
+    images = np.random.default_rng(0).integers(0, 256, (300, 48, 48, 1), "uint8")
+    data = data_with(images, np.arange(300) % 7)
+    try:
+        for policy in "float32", "mixed_bfloat16":
+            keras.config.set_dtype_policy(policy)
+            script.plot_filters(model, data, tmp_path)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    shown, shown_in_16_bits = ([axes.get_ylabel() for axes in figure.subfigs[1].axes[::7]]
+                               for figure in figures)
+    assert shown == shown_in_16_bits and len(shown) == 7
+
+
+@pytest.mark.parametrize("changes", [
+    [], [("Conv2D(32, 5, ", "Conv2D(1, 5, ")],
+    [("Conv2D(32, 5, ", "Conv2D(48, 3, "),
+     ('MaxPooling2D(4, strides=3, padding="same")', "MaxPooling2D(2)")],
+    [("Conv2D(32, 5, ", "Conv2D(3, 8, "), ("Conv2D(384, 3, ", 'Conv2D(16, 5, padding="same", ')]])
+def test_filters_are_drawn_for_every_network_and_few_images(tmp_path, changes):
+    """Two emotions, one of them without an image; other numbers and sizes of filters."""
+    changed = runpy.run_path(changed_script(tmp_path, *changes))
+    data = data_with(np.zeros((1, 48, 48, 1), "uint8"), [1], emotions=["a", "b"])
+    changed["plot_filters"](changed["create_CNN"](2), data, str(tmp_path))
     with Image.open(tmp_path / "filters.png") as picture:
-        assert min(picture.size) >= 700 and len(set(picture.convert("L").tobytes())) > 50
+        assert min(picture.size) >= 500 and len(set(picture.convert("L").tobytes())) > 50
 
 
+# --- What a run leaves ----------------------------------------------------------------------------
 def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
     folder, process = demo
     assert process.returncode == 0, process.stderr
@@ -302,15 +392,14 @@ def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
     metrics = json.loads((folder / "output/metrics.json").read_text())
     assert metrics["test"]["accuracy"] >= 0.9
     assert metrics["images"] == {"training": 2100, "validation": 350, "test": 350}
-    assert metrics["settings"]["demo"] and not metrics["settings"]["data_dir"]
+    assert metrics["settings"]["demo"]
     assert {path.name for path in folder.iterdir()} == {"output", "process.json"}
 
 
 def test_run_leaves_all_files_and_lists_them(demo):
     folder, process = demo
     assert {path.name for path in (folder / "output").iterdir()} == OUTPUTS
-    for name in OUTPUTS:
-        assert name in process.stdout.splitlines()[-1]
+    assert process.stdout.splitlines()[-1] == f"Saved in output: {', '.join(sorted(OUTPUTS))}"
 
 
 def test_history_has_a_row_per_epoch(demo):
@@ -328,26 +417,25 @@ def test_history_has_a_row_per_epoch(demo):
     assert rates == pytest.approx(cosine, rel=1e-3)
     best = max(rows, key=lambda row: float(row["val_accuracy"]))
     assert metrics["best_epoch"] == int(best["epoch"])
-    assert metrics["validation"]["accuracy"] == pytest.approx(float(best["val_accuracy"]))
+    assert metrics["validation"] == {"accuracy": float(best["val_accuracy"]),
+                                     "loss": float(best["val_loss"])}
 
 
 def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
     folder, process = demo
     metrics = json.loads((folder / "output/metrics.json").read_text())
-    assert metrics["settings"]["seed"] == 0
+    precision = metrics["settings"].pop("precision")
+    assert metrics["settings"] == {"demo": True, "epochs": 4, "batch_size": 128,
+                                   "learning_rate": 0.006, "seed": 0}  # and no path of the user's
+    assert process.stdout.startswith(f"{metrics['processor']}, {precision}\n")
     assert metrics["seconds"] > sum(float(row["seconds"]) for row in csv.DictReader(
         (folder / "output/history.csv").read_text().splitlines()))
-    assert set(metrics["settings"]) == {
-        "data_dir", "demo", "epochs", "batch_size", "learning_rate", "precision", "seed"}
-    assert metrics["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert metrics["versions"]["keras"] == keras.__version__ and metrics["versions"]["tensorflow"]
+    assert metrics["versions"] == {"python": ".".join(map(str, sys.version_info[:3])),
+                                   "keras": keras.__version__, "tensorflow": tf.__version__}
     network = folder / "output/emotion_recognition_cnn.keras"
     parameters = keras.models.load_model(network).count_params()
     megabytes = round(network.stat().st_size / 1e6, 1)
     assert metrics["network"] == {"parameters": parameters, "megabytes": megabytes}
-    assert f"Network: {parameters:,} parameters, {megabytes} MB\n" in process.stdout
-    assert process.stdout.startswith(
-        f"{metrics['processor']}, {metrics['settings']['precision']}\n")
     confusion = np.array(metrics["test"]["confusion_matrix"])
     assert confusion.sum() == 350
     assert metrics["test"]["accuracy"] == pytest.approx(np.trace(confusion) / 350)
@@ -360,7 +448,12 @@ def test_saved_model_alone_gives_the_accuracy_of_the_best_epoch(demo, tmp_path):
     metrics = json.loads((folder / "output/metrics.json").read_text())
     script.draw_faces(tmp_path, seed=0)
     data = script.load_data(tmp_path)
-    for part, accuracy in ((data.validation, metrics["validation"]["accuracy"]),
-                           (data.test, metrics["test"]["single_image_accuracy"])):
-        predictions = model.predict(part.images, verbose=0).argmax(axis=1)
+    keras.config.set_dtype_policy(metrics["settings"]["precision"])
+    while_training = script.create_CNN(7)  # the saved network computes in float32
+    keras.config.set_dtype_policy("float32")
+    while_training.set_weights(model.get_weights())
+    for network, part, accuracy in (
+            (while_training, data.validation, metrics["validation"]["accuracy"]),
+            (model, data.test, metrics["test"]["single_image_accuracy"])):
+        predictions = network.predict(part.images, batch_size=256, verbose=0).argmax(axis=1)
         assert np.mean(predictions == part.labels) == pytest.approx(accuracy)

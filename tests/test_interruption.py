@@ -1,154 +1,128 @@
 """Runs of the script that are interrupted, killed, short of room, resumed."""
 
-import errno
-import os
-import random
 import shutil
 import signal
 import subprocess
-import time
 
-import numpy as np
+import keras
 import pytest
 from conftest import (
-    OUTPUTS, RUN, assert_same_run, flat, foreign_model, kept_history, read_history, run, start,
-    wait_for_epoch)
-from PIL import Image
+    OUTPUTS, RUN, assert_same_run, changed_script, flat, foreign_model, kept_history,
+    read_history, start, wait_for_checkpoint)
 
 
-def test_same_seed_same_history(small_dataset, whole_run, tmp_path, run_here):
-    process = run_here("--data-dir", small_dataset, *RUN, "--seed", 0, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert len(read_history(tmp_path / "output")) == 3
-    assert_same_run(tmp_path, whole_run)
+def names(folder):
+    """Return the names of all that is in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+def contents(folder):
+    """Return the contents of the files in a folder, by their names."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def assert_refused(process, *words):
+    """Assert that a run ended with one line that holds the words, and trained nothing."""
+    assert process.returncode == 2 and "Epoch" not in process.stdout
+    line = process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr and " error: " in f" {line}", process.stderr
+    assert process.stderr.count("\n") == 1 or process.stderr.startswith("usage: ")  # of argparse
+    assert all(word in line for word in words), line
 
 
 def test_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
-        small_dataset, whole_run, tmp_path, run_here):
-    for kill in range(2):
-        resume = ["--resume", "--output-dir", "output"] if kill else [
-            "--data-dir", small_dataset, *RUN]
-        process = start(*resume, cwd=tmp_path)
-        wait_for_epoch(process, tmp_path)
-        seconds = kept_history(tmp_path / "output")["seconds"][-1]
-        time.sleep(random.uniform(0, seconds / 2))  # into the saving, or into the next epoch
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        killed_run, whole_run, tmp_path, run_here):
+    """It goes on from another working directory: its data/ is kept with its whole path."""
+    shutil.copytree(killed_run / "output", tmp_path / "output")
     process = run_here("--resume", "--output-dir", "output", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert_same_run(tmp_path, whole_run)
-    assert {path.name for path in (tmp_path / "output").iterdir()} == OUTPUTS
+    assert names(tmp_path / "output") == OUTPUTS  # nothing hidden, no unfinished/
 
 
 def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(
         small_dataset, whole_run, tmp_path, run_here):
-    process = start("--data-dir", small_dataset, *RUN, cwd=tmp_path)
+    """The data moved meanwhile; the images tell that they are the same."""
+    shutil.copytree(small_dataset, tmp_path / "data")
+    process = start("--data-dir", "data", *RUN, cwd=tmp_path)
+    wait_for_checkpoint(process, tmp_path, 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted; --resume goes on\n")
     unfinished = tmp_path / "output/unfinished"
-    wait_for_epoch(process, tmp_path)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    epochs = len(kept_history(tmp_path / "output")["epoch"])
-    assert errors.strip().count("\n") == 0 and "--resume" in errors
-    assert f"epochs kept in output/unfinished: {epochs}" in errors
+    assert names(tmp_path / "output") == {"unfinished"}
 
-    # Neither a run that forgets about it nor one with other settings touches it.
-    kept = {path.name: path.read_bytes() for path in unfinished.iterdir()}
-    for arguments, word in ((RUN, "--resume"), (("--resume", "--epochs", "9"), "--epochs"),
-                            (("--resume", "--seed", "1"), "--seed"),
-                            (("--resume", "--data-dir", "elsewhere"), "--data-dir")):
-        refused = run_here(*arguments, cwd=tmp_path)
-        assert refused.returncode == 2
-        assert refused.stderr.count("\n") == 1 and word in refused.stderr
-    assert kept == {path.name: path.read_bytes() for path in unfinished.iterdir()}
-    for name in "accuracy.png", "loss.png":
-        assert Image.open(unfinished / name).size[0] >= 800
+    # Neither a run that forgets about it nor one with other settings or images touches it.
+    kept = contents(unfinished)
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    flat(90).save(tmp_path / "other/train/sad/Training_0.png")
+    assert_refused(run_here(*RUN, cwd=tmp_path), "output/unfinished", "--resume", "delete")
+    for option in ("--epochs=9", "--seed=1", "--batch-size=4", "--precision=float32", "--demo",
+                   "--learning-rate=1"):
+        assert_refused(run_here("--resume", option, cwd=tmp_path), option.split("=")[0])
+    assert_refused(run_here("--resume", "--data-dir", "other", cwd=tmp_path),
+                   "the images changed since", "output/unfinished")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert_refused(run_here("--resume", cwd=tmp_path), f"{tmp_path}/data/train", "--data-dir")
+    assert contents(unfinished) == kept
 
-    process = run_here("--resume", cwd=tmp_path)
+    process = run_here("--resume", "--data-dir", "moved", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert_same_run(tmp_path, whole_run)
 
 
-def test_ctrl_c_before_the_first_epoch_leaves_nothing(small_dataset, tmp_path):
-    process = start("--data-dir", small_dataset, "--epochs", "3", cwd=tmp_path)
-    assert process.stdout.readline()  # the processor: what follows is reading and training
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.strip() == "interrupted; no epoch is kept"
-    assert not (tmp_path / "output/unfinished").exists()
+def test_ctrl_c_before_training_leaves_nothing(small_dataset, tmp_path, run_here, monkeypatch):
+    monkeypatch.setattr(keras.utils, "Progbar", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    process = run_here("--data-dir", small_dataset, cwd=tmp_path)  # as it reads the images
+    assert (process.returncode, process.stderr) == (130, "interrupted\n")
+    assert not list(tmp_path.iterdir())
 
 
-def test_earlier_results_stay_whole_until_the_next_run_has_its_own(
-        small_dataset, whole_run, tmp_path, run_here):
-    shutil.copytree(whole_run / "output", tmp_path / "output")
-    (tmp_path / "output/predictions").mkdir()
-    for name in "1_face.emotions.jpg", "face.jpg":  # a picture of the earlier network, a photo
-        flat(90).save(tmp_path / "output/predictions" / name)
-    before = {name: (tmp_path / "output" / name).read_bytes() for name in OUTPUTS}
-    of_run = "--data-dir", small_dataset, *RUN, "--seed", 1
-    process = start(*of_run, cwd=tmp_path)
-    wait_for_epoch(process, tmp_path)
-    process.kill()
-    process.communicate()
-    assert before == {name: (tmp_path / "output" / name).read_bytes() for name in OUTPUTS}
-    shutil.rmtree(tmp_path / "output/unfinished")
-    assert run_here(*of_run, cwd=tmp_path).returncode == 0
-    after = {name: (tmp_path / "output" / name).read_bytes() for name in OUTPUTS}
-    assert [path.name for path in (tmp_path / "output/predictions").iterdir()] == ["face.jpg"]
-    assert all(before[name] != after[name] for name in OUTPUTS)
-    one, other = read_history(whole_run / "output"), read_history(tmp_path / "output")
-    assert len(one) == len(other) and one != other  # of another seed
-
-
-def test_a_run_has_its_folder_for_itself_until_it_ends_or_is_killed(
-        small_dataset, whole_run, tmp_path, run_here):
+def test_of_two_runs_started_at_once_in_a_folder_one_goes_on(small_dataset, whole_run, tmp_path):
+    """The other ends with one line; and the same seed gives the same run, as ever."""
     of_run = "--data-dir", small_dataset, *RUN
-
-    def assert_refused(*arguments):
-        refused = run_here(*arguments, cwd=tmp_path)
-        assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
-        assert "output/unfinished is in use by another run" in refused.stderr
-        assert "--output-dir" in refused.stderr and "Epoch" not in refused.stdout
-
-    process = start(*of_run, cwd=tmp_path)
-    assert process.stdout.readline()  # in its first epoch, or reading
-    assert_refused(*of_run)
-    assert_refused("--demo")
-    process.kill()
-    process.communicate()
-    assert (tmp_path / "output/unfinished").exists()
-    process = start(*of_run, cwd=tmp_path)
-    wait_for_epoch(process, tmp_path)
-    assert_refused(*of_run)
-    assert_refused("--resume")
-    _, errors = process.communicate(timeout=280)
-    assert process.returncode == 0, errors
+    processes = [start(*of_run, cwd=tmp_path) for _ in range(2)]
+    ends = [process.communicate(timeout=280) for process in processes]
+    (status, errors), (other_status, other_errors) = sorted(
+        (process.returncode, errors) for process, (_, errors) in zip(processes, ends))
+    assert (status, errors, other_status) == (0, "", 2), other_errors
+    assert other_errors.startswith("error: ") and other_errors.count("\n") == 1
+    assert "output/unfinished" in other_errors
     assert_same_run(tmp_path, whole_run)
+    assert names(tmp_path / "output") == OUTPUTS
 
 
-def test_full_disk_gives_one_line_and_the_run_can_go_on(
+def test_results_take_their_places_at_the_end_and_a_picture_that_fails_loses_nothing(
         small_dataset, whole_run, tmp_path, run_here, monkeypatch):
-    """The second checkpoint finds no room: simulated, for where a small disk cannot be mounted."""
-    replace, checkpoints = os.replace, []
+    """Of two runs in a folder: those of the first stay whole until the second has its own."""
+    shutil.copytree(whole_run / "output", tmp_path / "output")
+    before = contents(tmp_path / "output")
+    assert set(before) == OUTPUTS
+    fit, seen = keras.Sequential.fit, []
 
-    def full(source, target):
-        if str(target).endswith("checkpoint.npz"):
-            checkpoints.append(target)
-            if len(checkpoints) == 2:
-                raise OSError(errno.ENOSPC, "No space left on device", str(target))
-        replace(source, target)
+    def look_and_fit(model, *arguments, **settings):
+        seen.append(contents(tmp_path / "output") == before)
+        return fit(model, *arguments, **settings)
 
-    monkeypatch.setattr(os, "replace", full)
-    process = run_here("--data-dir", small_dataset, *RUN, cwd=tmp_path)
-    assert process.returncode == 2
-    assert process.stderr.count("\n") == 1, process.stderr
-    for words in ("checkpoint.npz", "No space left on device", "epochs kept", "1, --resume"):
-        assert words in process.stderr
-    process = run_here("--resume", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert_same_run(tmp_path, whole_run)
+    def fail(*_, **__):
+        raise ArithmeticError("a picture")
+
+    with monkeypatch.context() as patch, pytest.raises(ArithmeticError, match="a picture"):
+        patch.setattr(keras.Sequential, "fit", look_and_fit)
+        patch.setattr(keras.layers, "GlobalMaxPooling2D", fail)  # which filters.png alone takes
+        run_here("--data-dir", small_dataset, *RUN, "--seed", 1, "--epochs", 1, cwd=tmp_path)
+    assert seen == [True]
+    after = contents(tmp_path / "output")
+    assert after["emotion_recognition_cnn.keras"] != before["emotion_recognition_cnn.keras"]
+    assert after["filters.png"] == before["filters.png"] and set(after) == OUTPUTS
+
+    process = run_here("--resume", cwd=tmp_path)  # without training again
+    assert process.returncode == 0 and "Epoch" not in process.stdout, process.stderr
+    after = contents(tmp_path / "output")
+    assert all(after[name] != before[name] for name in OUTPUTS)
+    assert names(tmp_path / "output") == OUTPUTS
+    epochs = read_history(tmp_path / "output")
+    assert len(epochs) == 1 and epochs[0] != read_history(whole_run / "output")[0]  # other seed
 
 
 @pytest.fixture
@@ -173,67 +147,28 @@ def small_disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize(("megabytes", "epochs"), [(40, 0), (120, 1)])
+@pytest.mark.parametrize(("megabytes", "epochs"), [(40, None), (120, 0)])
 def test_really_full_disk(
         small_dataset, small_disk, whole_run, tmp_path, run_here, megabytes, epochs):
-    """A checkpoint is of 78 MB, and the one before stays until it is whole."""
+    """A checkpoint is of 80 MB, and the one before stays until it is whole."""
     disk = small_disk(megabytes)
-    process = run("--data-dir", small_dataset, *RUN[:-1], disk / "output", cwd=tmp_path)
-    assert process.returncode == 2, process.stderr
-    assert process.stderr.count("\n") == 1 and "No space left on device" in process.stderr
-    assert (f"unfinished: {epochs}, --resume" if epochs else "no epoch is kept") in process.stderr
-    assert str(disk) in process.stderr
-    assert (disk / "output/unfinished").exists() == bool(epochs)
-    if epochs:  # with more room, it goes on
-        shutil.copytree(disk / "output", tmp_path / "output")
-        process = run_here("--resume", cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
-        assert_same_run(tmp_path, whole_run)
-
-
-def test_output_folder_that_vanishes_during_training(small_dataset, whole_run, tmp_path):
-    """The next epoch makes the folder again and keeps them all; where it cannot, it says so."""
-    processes = {}
-    for name in "free", "blocked":
-        (tmp_path / name).mkdir()
-        processes[name] = start("--data-dir", small_dataset, *RUN, cwd=tmp_path / name)
-    for name, process in processes.items():
-        wait_for_epoch(process, tmp_path / name)
-        (tmp_path / name / "output").rename(tmp_path / name / "elsewhere")
-        if name == "blocked":
-            (tmp_path / "blocked/output").write_text("in the way")
-    _, errors = processes["free"].communicate(timeout=120)
-    assert processes["free"].returncode == 0 and errors == "", errors
-    assert_same_run(tmp_path / "free", whole_run)
-    _, errors = processes["blocked"].communicate(timeout=120)
-    assert processes["blocked"].returncode == 2 and errors.count("\n") == 1, errors
-    assert "output/unfinished" in errors and "no epoch is kept" in errors
-    assert (tmp_path / "blocked/output").read_text() == "in the way"
-    assert kept_history(tmp_path / "blocked/elsewhere")["epoch"]
-
-
-def test_loss_that_is_not_finite_ends_the_run(small_dataset, whole_run, tmp_path, run_here):
-    shutil.copytree(whole_run / "output", tmp_path / "output")
-    process = run_here("--data-dir", small_dataset, *RUN, "--learning-rate", "1e30", cwd=tmp_path)
+    output = disk / "output"
+    shutil.copytree(whole_run / "output", output)  # earlier results, of 21 MB
+    before = contents(output)
+    process = run_here("--data-dir", small_dataset, *RUN[:-1], output, cwd=tmp_path)
     assert process.returncode == 2
-    assert process.stderr.count("\n") == 1
-    assert "the loss is NaN or infinite: start anew" in process.stderr
-    assert "--learning-rate below 1e+30" in process.stderr
-    assert {path.name for path in (tmp_path / "output").iterdir()} == OUTPUTS
-    assert read_history(tmp_path / "output") == read_history(whole_run / "output")
-
-
-@pytest.fixture(scope="module")
-def unfinished_run(small_dataset, tmp_path_factory):
-    """Return the folder of a run, on the dataset in data/ there, that was killed after an epoch."""
-    folder = tmp_path_factory.mktemp("unfinished")
-    shutil.copytree(small_dataset, folder / "data")
-    process = start("--data-dir", "data", *RUN, cwd=folder)
-    wait_for_epoch(process, folder)
-    process.kill()
-    process.communicate()
-    assert kept_history(folder / "output")
-    return folder
+    assert process.stderr.count("\n") == 1 and "No space left on device" in process.stderr
+    assert contents(output) == before
+    if epochs is None:  # a new run may start
+        assert names(output) == OUTPUTS
+        return
+    assert names(output / "unfinished") == {"checkpoint.npz"}
+    assert len(kept_history(output)["epoch"]) == epochs
+    subprocess.run(["mount", "-o", "remount,size=400m", disk], check=True)  # with more room
+    process = run_here("--resume", "--output-dir", output, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert_same_run(disk, whole_run)
+    assert names(output) == OUTPUTS
 
 
 @pytest.mark.parametrize("change", [
@@ -241,41 +176,49 @@ def unfinished_run(small_dataset, tmp_path_factory):
     lambda data: shutil.copy(data / "train/sad/Training_0.png", data / "test/sad/PublicTest_1.png"),
     lambda data: (data / "test/sad/PrivateTest_1.png").rename(data / "test/fear/PrivateTest_9.png"),
     lambda data: (data / "train/sad/Training_0.png").rename(data / "train/happy/Training_9.png")])
-def test_resume_notices_that_the_data_changed(
-        small_dataset, unfinished_run, tmp_path, run_here, change):
-    shutil.copytree(small_dataset, tmp_path / "data")
-    shutil.copytree(unfinished_run / "output", tmp_path / "output")
+def test_resume_notices_that_the_data_changed(killed_run, tmp_path, run_here, change):
+    shutil.copytree(killed_run, tmp_path, dirs_exist_ok=True)
     change(tmp_path / "data")
-    kept = kept_history(tmp_path / "output")
-    process = run_here("--resume", cwd=tmp_path)
-    assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
-    assert "images changed since" in process.stderr and "delete" in process.stderr
-    assert "output/unfinished" in process.stderr and kept_history(tmp_path / "output") == kept
+    kept = contents(tmp_path / "output/unfinished")
+    process = run_here("--resume", "--data-dir", "data", cwd=tmp_path)
+    assert_refused(process, "the images changed since", "delete", "output/unfinished")
+    assert contents(tmp_path / "output/unfinished") == kept
 
 
-def state_of_nothing(path):
-    """Write a checkpoint that is whole and says nothing."""
-    np.savez(path, state="[]")
-
-
-def of_another_network(path):
-    """Write the checkpoint of a network with other layers, on the same data."""
-    with np.load(path) as file:
-        arrays = dict(file)
-    np.savez(path, **arrays | {"variable 0": arrays["variable 0"][:-1]})
-
-
-@pytest.mark.parametrize(("damage", "words"), [
-    (lambda path: path.write_text("no archive"), ["checkpoint.npz is damaged", "delete"]),
-    (lambda path: path.write_bytes(path.read_bytes()[:-9000]), ["checkpoint.npz is damaged"]),
-    (lambda path: path.write_bytes(b""), ["checkpoint.npz is damaged"]),
-    (foreign_model, ["checkpoint.npz is damaged"]),
-    (state_of_nothing, ["checkpoint.npz is damaged"]),
-    (of_another_network, ["the layers changed since", "output/unfinished", "delete"])])
-def test_damaged_or_foreign_state_gives_one_line(unfinished_run, tmp_path, damage, words, run_here):
-    shutil.copytree(unfinished_run, tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_text("no archive"),
+    lambda path: path.write_bytes(path.read_bytes()[:-9000]),
+    lambda path: path.write_bytes(b""), lambda path: path.unlink(), foreign_model])
+def test_damaged_or_foreign_checkpoint_gives_one_line(killed_run, tmp_path, damage, run_here):
+    shutil.copytree(killed_run / "output", tmp_path / "output")
     damage(tmp_path / "output/unfinished/checkpoint.npz")
     process = run_here("--resume", cwd=tmp_path)
-    assert process.returncode == 2
-    assert process.stderr.count("\n") == 1, process.stderr
-    assert all(word in process.stderr for word in words), process.stderr
+    assert_refused(process, "output/unfinished/checkpoint.npz holds no run to go on with",
+                   "delete")
+
+
+def test_checkpoint_of_another_network_gives_one_line(killed_run, tmp_path, run_here):
+    shutil.copytree(killed_run / "output", tmp_path / "output")
+    changed = changed_script(tmp_path, ("layers.Dense(512,", "layers.Dense(256,"))
+    process = run_here("--resume", cwd=tmp_path, program=changed)
+    assert_refused(process, "the number of parameters changed since", "output/unfinished", "delete")
+
+
+def test_a_demo_goes_on_with_the_same_faces(tmp_path, run_here, monkeypatch):
+    """They are drawn anew from the same seed."""
+    def fit(*_, **__):
+        raise OSError("enough of it")
+
+    monkeypatch.setattr(keras.Sequential, "fit", fit)
+    few_faces = changed_script(tmp_path, ('"Training", 300)', '"Training", 6)'),
+                               ('"PublicTest", 50)', '"PublicTest", 2)'))
+    for arguments in ("--demo", "--seed", 4), ("--resume",):
+        process = run_here(*arguments, cwd=tmp_path, program=few_faces)
+        assert (process.returncode, process.stderr) == (2, "error: enough of it\n")
+        assert "Drawing faces" in process.stdout and "42 training, 14 valid" in process.stdout
+        assert names(tmp_path / "output/unfinished") == {"checkpoint.npz"}
+
+
+def test_nothing_to_resume_gives_one_line(tmp_path, run_here):
+    assert_refused(run_here("--resume", cwd=tmp_path), "output/unfinished", "start anew")
+    assert not list(tmp_path.iterdir())

@@ -1,15 +1,23 @@
-"""What the user's machine brings along: settings, closed streams, links, Ctrl-C at any time."""
+"""Where the script runs: machines with settings of their own, a pipe, a notebook, a thread."""
 
+import io
 import json
 import os
+import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import types
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import RUN, SCRIPT, assert_same_run, script, start, wait_for_epoch
+from conftest import (
+    EMOTIONS, OUTPUTS, ROOT, RUN, SCRIPT, assert_same_run, make_dataset, script, start,
+    wait_for_checkpoint)
 
 
 @pytest.fixture
@@ -24,28 +32,31 @@ def odd_settings(tmp_path, monkeypatch):
         "text.usetex: True\nfont.size: 40\n")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("KERAS_MAX_EPOCHS", "1")
-    monkeypatch.setenv("KERAS_MAX_STEPS_PER_EPOCH", "1")
     monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
     # Jupyter's, whose package the Python of this process may have and this one has not.
     monkeypatch.setenv("MPLBACKEND", "module://no_such_package.backend_inline")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="closes streams with a shell")
-def test_a_run_is_the_same_with_settings_of_the_users_own_and_without_streams(
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links and signals")
+def test_a_run_is_the_same_through_a_link_in_the_background_and_with_settings_of_the_users_own(
         odd_settings, small_dataset, whole_run, tmp_path):
-    command = [sys.executable, SCRIPT, "--data-dir", small_dataset, *RUN]
-    process = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command], cwd=tmp_path,
-                             stdin=subprocess.DEVNULL, capture_output=True, timeout=280)
-    assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")
+    """As `nohup ./link.py &` in a terminal, where Ctrl-C is pressed for another program."""
+    (tmp_path / "link.py").symlink_to(SCRIPT)
+    process = start("--data-dir", small_dataset, *RUN, cwd=tmp_path, program="link.py",
+                    at_ctrl_c=signal.SIG_IGN)
+    wait_for_checkpoint(process, tmp_path, 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=280)
+    assert (process.returncode, errors) == (0, "")
     assert_same_run(tmp_path, whole_run)
-    for name in "accuracy.png", "confusion_matrix.png", "examples.png":
-        assert (tmp_path / "output" / name).read_bytes() == (
-            whole_run / "output" / name).read_bytes()
+    for name in sorted(OUTPUTS):
+        if name.endswith(".png"):
+            assert (tmp_path / "output" / name).read_bytes() == (
+                whole_run / "output" / name).read_bytes(), name
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
-def test_the_output_may_be_cut_short_and_the_script_be_a_link(
-        odd_settings, tmp_path):
+def test_output_cut_short_ends_the_script_without_a_word(odd_settings, tmp_path):
     """`script --predict ... | head -1` through a link: the included network is found."""
     (tmp_path / "link.py").symlink_to(SCRIPT)
     for number in range(3):
@@ -60,41 +71,82 @@ def test_the_output_may_be_cut_short_and_the_script_be_a_link(
     assert (tmp_path / "status").read_text() == "141\n"
 
 
-def test_a_run_whose_output_nobody_reads_any_more_says_what_is_kept(small_dataset, tmp_path):
-    process = start("--data-dir", small_dataset, *RUN[2:], "--epochs", "50", cwd=tmp_path)
-    wait_for_epoch(process, tmp_path)
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait() == 141
-    assert errors.startswith("error: nobody reads the output any more; epochs kept in ")
-    assert errors.count("\n") == 1 and "--resume goes on" in errors
+def test_run_in_a_notebook_leaves_its_settings_alone(tmp_path, monkeypatch, capfd):
+    """`%run` gives the script the name of a program, in a process that is not its own."""
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # not reconfigured, as a notebook's cannot be
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", "--output-dir", str(tmp_path)])
+    handler, filters = signal.getsignal(signal.SIGINT), list(warnings.filters)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 2 and "holds no run to go on with" in capfd.readouterr().err
+    assert os.environ["MPLBACKEND"] == "module://matplotlib_inline.backend_inline"
+    assert signal.getsignal(signal.SIGINT) is handler and warnings.filters == filters
 
 
-def test_ctrl_c_while_tensorflow_is_imported_gives_one_line(tmp_path):
-    (tmp_path / "keras.py").write_text(
-        "import os, signal\nos.write(2, b'of the import')\nos.kill(os.getpid(), signal.SIGINT)\n")
-    process = subprocess.run(
-        [sys.executable, SCRIPT, "--demo"], cwd=tmp_path, text=True, capture_output=True,
-        timeout=60, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    assert (process.returncode, process.stdout, process.stderr) == (130, "", "interrupted\n")
+def code_of_readme(word):
+    """Return the first block of Python in the README that holds a word."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return next(block for block in blocks if word in block)
 
 
-@pytest.mark.parametrize("variable, value, word", [
-    ("MPLBACKEND", "nonsense", "nonsense"), ("KERAS_MAX_EPOCHS", "many", "many")])
-def test_a_setting_that_is_wrong_gives_one_line(tmp_path, variable, value, word):
-    process = subprocess.run([sys.executable, SCRIPT, "--demo"], cwd=tmp_path, text=True,
-                             capture_output=True, timeout=60, env={**os.environ, variable: value})
-    assert process.returncode == 2 and process.stderr.count("\n") == 1
-    assert process.stderr.startswith("error: Keras, Matplotlib or what they need cannot be")
-    assert word in process.stderr
+def test_notebook_of_the_readme_and_again_in_a_thread(
+        small_dataset, tmp_path, monkeypatch, capfd):
+    """With other images the second time, in the same process: nothing of the first is left."""
+    train_model = script.train_model
+    monkeypatch.setattr(
+        script, "train_model",
+        lambda model, data, **settings: train_model(model, data, **settings | {"epochs": 1}))
+    code = code_of_readme("train_model(")
+    assert len(code.splitlines()) <= 12
+
+    def run_code(folder):
+        monkeypatch.chdir(folder)
+        names = {}
+        exec(code, names)
+        face = script.draw_face("sad", np.random.default_rng(0))
+        names["faces"] = script.classify_photo(face, names["model"], EMOTIONS)
+        return names
+
+    data_dirs = small_dataset, make_dataset(tmp_path / "other", 3, 1, 4)
+    for images, data_dir in zip([(42, 14, 14), (21, 7, 28)], data_dirs):
+        folder = tmp_path / f"with {images[0]} images"
+        folder.mkdir()
+        shutil.copytree(data_dir, folder / "data")
+        with ThreadPoolExecutor(1) as pool:
+            names = run_code(folder) if images[0] == 42 else pool.submit(run_code, folder).result()
+        data, scores, probabilities = names["data"], names["scores"], names["probabilities"]
+        assert data.emotions == EMOTIONS
+        parts = data.training, data.validation, data.test
+        assert tuple(len(part.images) for part in parts) == images
+        assert names["history"]["epoch"] == [1] and probabilities.shape == (images[2], 7)
+        assert scores["accuracy"] == np.mean(probabilities.argmax(axis=1) == data.test.labels)
+        assert [face["face"] for face in names["faces"]] == [1]
+        assert {path.name for path in (folder / "output").iterdir()} >= {
+            "accuracy.png", "loss.png", "confusion_matrix.png"}
 
 
-def test_in_a_thread_there_is_no_signal_to_wait_for(demo, tmp_path, capsys):
-    from concurrent.futures import ThreadPoolExecutor
-    script.draw_face("sad", np.random.default_rng(0)).save(tmp_path / "face.png")
-    shutil.copy(demo[0] / "output" / script.NETWORK, tmp_path)
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(script.predict_emotions, tmp_path / "face.png", tmp_path, True, True)
-        assert future.result()
-    assert json.loads(capsys.readouterr().out)["face"] == 1
+def test_network_of_the_readme_without_the_script(tmp_path, monkeypatch, capsys):
+    """It sees the pixels that --predict sees, in one view of the 18."""
+    network, = ROOT.glob(f"docs/runs/*/{script.NETWORK}")
+    (tmp_path / "output").mkdir()
+    shutil.copy(network, tmp_path / "output")
+    rng = np.random.default_rng(0)
+    face = script.Image.fromarray(rng.integers(0, 256, (90, 70, 3), "uint8"))
+    face.save(tmp_path / "face.jpg")
+    monkeypatch.chdir(tmp_path)
+    views = []
+
+    def classify_and_tell(model, images):
+        views.append(images)
+        return model.predict(images, verbose=0)  # of a single view
+
+    monkeypatch.setattr(script, "classify_faces", classify_and_tell)
+    script.predict_emotions(["face.jpg"], detect=False, as_json=True)
+    predicted = json.loads(capsys.readouterr().out)["probabilities"]
+    names = {}
+    exec(code_of_readme("load_model("), names)
+    assert names["emotions"] == list(predicted) == EMOTIONS
+    assert np.allclose(names["probabilities"], list(predicted.values()), atol=1e-6)
+    assert views[0].shape == (1, 48, 48, 1)

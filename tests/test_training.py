@@ -1,18 +1,21 @@
-"""The network and its training, called from Python: precision, weights, checkpoints, Ctrl-C."""
+"""The network and its training, called from Python: precision, weights, checkpoints."""
 
+import importlib.util
+import inspect
+import math
 import os
-import signal
 
 import keras
 import numpy as np
 import pytest
-from conftest import kept_history, script, small_network
+from conftest import EMOTIONS, changed_script, make_dataset, script, small_network
+from PIL import Image
 
 
 @pytest.fixture
 def data(small_dataset, capfd):
-    """Return the small dataset, loaded in batches of 8."""
-    return script.load_data(small_dataset, batch_size=8, seed=3)
+    """Return the small dataset."""
+    return script.load_data(small_dataset)
 
 
 @pytest.fixture
@@ -22,9 +25,15 @@ def dtype_policy():
     keras.config.set_dtype_policy("float32")
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Let no plots be drawn beside a checkpoint, for tests that are about other things."""
+    monkeypatch.setattr(script, "plot_history", lambda *_: None)
+
+
 def train(model, data, **settings):
-    """Train on `data`, for one epoch unless `settings` say otherwise; return the history."""
-    return script.train_model(model, data.training, data.validation, **{"epochs": 1} | settings)
+    """Train in batches of 8 for one epoch, unless `settings` say otherwise; return the history."""
+    return script.train_model(model, data, **{"epochs": 1, "batch_size": 8} | settings)
 
 
 def without_seconds(history):
@@ -32,10 +41,16 @@ def without_seconds(history):
     return {name: values for name, values in history.items() if name != "seconds"}
 
 
+def dropout_rates(model):
+    """Return the rates of the dropout layers of a network."""
+    return [layer.rate for layer in model.layers if hasattr(layer, "rate")]
+
+
 def test_network_is_two_convolution_blocks_flatten_and_two_dense_layers():
     model = script.create_CNN(7)
     kinds = [type(layer).__name__ for layer in model.layers]
-    free = {"LayerNormalization", "BatchNormalization", "ReLU", "Dropout", "SpatialDropout2D"}
+    free = {"GroupNormalization", "LayerNormalization", "BatchNormalization", "ReLU", "Dropout",
+            "SpatialDropout2D"}
     assert [kind for kind in kinds if kind not in free] == [
         "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D", "Flatten", "Dense", "Dense"]
     assert model.input_shape == (None, 48, 48, 1) and model.output_shape == (None, 7)
@@ -45,10 +60,39 @@ def test_network_is_two_convolution_blocks_flatten_and_two_dense_layers():
 
 @pytest.mark.parametrize(("epochs", "rates"), [(11, (0.0225, 0.05)), (44, (0.09, 0.2)),
                                                (88, (0.18, 0.4)), (120, (0.18, 0.4))])
-def test_dropout_grows_with_the_length_of_the_run(epochs, rates):
-    model = script.create_CNN(7, script.Settings(epochs=epochs).dropout)
-    dropout = [layer.rate for layer in model.layers if hasattr(layer, "rate")]
-    assert dropout == pytest.approx(rates)
+def test_dropout_grows_with_the_length_of_the_run(
+        small_dataset, tmp_path, run_here, monkeypatch, epochs, rates):
+    trained = []
+
+    def fit(model, *_, **__):
+        trained.append(model)
+        raise OSError("enough of it")
+
+    monkeypatch.setattr(keras.Sequential, "fit", fit)
+    process = run_here("--data-dir", small_dataset, "--epochs", epochs, cwd=tmp_path)
+    assert process.returncode == 2 and "enough of it" in process.stderr
+    assert dropout_rates(trained[0]) == pytest.approx(rates)
+
+
+def test_defaults_in_python_belong_together_and_are_those_of_the_command_line():
+    of_training = {name: parameter.default for name, parameter
+                   in inspect.signature(script.train_model).parameters.items()}
+    assert dropout_rates(script.create_CNN(7)) == pytest.approx(
+        dropout_rates(script.create_CNN(7, dropout=of_training["epochs"] / 88)))
+    options = script.parse_command_line([])
+    assert options.epochs is None and of_training["epochs"] == script.EPOCHS
+    for name in "batch_size", "learning_rate", "seed":
+        assert getattr(options, name) == of_training[name]
+    assert of_training["checkpoint"] is None and of_training["settings"] is None
+
+
+def test_a_batch_is_of_two_images_at_least(capsys):
+    """The normalisation of one image takes all of it away: such a run would stay at chance."""
+    assert script.parse_command_line(["--batch-size", "2"]).batch_size == 2
+    with pytest.raises(SystemExit) as end:
+        script.parse_command_line(["--batch-size", "1"])
+    assert end.value.code == 2
+    assert "error: argument --batch-size: 1 is " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_light_and_contrast_do_not_change_the_prediction():
@@ -64,21 +108,27 @@ def test_light_and_contrast_do_not_change_the_prediction():
     ("AuthenticAMD", "avx512f avx512_bf16", "mixed_bfloat16"),
     ("GenuineIntel", "avx512f avx512_bf16", "float32"),
     ("GenuineIntel", "avx512_bf16 amx_tile amx_bf16", "mixed_bfloat16"), ("", "", "float32")])
-def test_bfloat16_only_where_the_processor_is_faster_with_it(monkeypatch, vendor, flags, expected):
+def test_bfloat16_only_where_the_processor_is_faster_with_it(
+        monkeypatch, tmp_path, vendor, flags, expected):
     monkeypatch.setattr(script.tf.config, "list_physical_devices", lambda kind: [])
-    text = f"vendor_id\t: {vendor}\nmodel name\t: Tester 1\nflags\t\t: {flags}\n"
-    monkeypatch.setattr(script, "processor_information", lambda: text)
-    assert script.fastest_precision() == expected
-    assert script.processor_name() == "Tester 1"
+    (tmp_path / "cpuinfo").write_text(
+        f"vendor_id\t: {vendor}\nmodel name\t: Tester 1\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(script, "Path", {"/proc/cpuinfo": tmp_path / "cpuinfo"}.get)
+    assert script.find_hardware() == ("Tester 1", expected)
+    (tmp_path / "cpuinfo").unlink()  # as on a Mac
+    name, precision = script.find_hardware()
+    assert name and name != "Tester 1" and precision == "float32"
 
 
 @pytest.mark.parametrize(("details", "expected"), [
-    ({"compute_capability": (8, 0)}, "mixed_float16"), ({"compute_capability": (6, 1)}, "float32"),
-    ({}, "float32")])
+    ({"compute_capability": (8, 0), "device_name": "Tester 2"}, ("Tester 2", "mixed_float16")),
+    ({"compute_capability": (7, 0)}, ("GPU", "mixed_float16")),
+    ({"compute_capability": (6, 1), "device_name": "Tester 3"}, ("Tester 3", "float32")),
+    ({}, ("GPU", "float32"))])
 def test_float16_only_on_gpus_that_have_tensor_cores(monkeypatch, details, expected):
     monkeypatch.setattr(script.tf.config, "list_physical_devices", lambda kind: ["a GPU"])
     monkeypatch.setattr(script.tf.config.experimental, "get_device_details", lambda gpu: details)
-    assert script.fastest_precision() == expected
+    assert script.find_hardware() == expected
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
@@ -86,7 +136,7 @@ def test_saved_model_predicts_in_float32(data, tmp_path, dtype_policy, precision
     dtype_policy(precision)
     model = script.create_CNN(7)
     assert {layer.compute_dtype for layer in model.layers[:-1]} == {precision.split("_")[-1]}
-    train(model, data)
+    train(model, data, batch_size=42)
     dtype_policy("float32")
     script.save_network(model, data.emotions, tmp_path / script.NETWORK)
     saved = keras.models.load_model(tmp_path / script.NETWORK)
@@ -118,13 +168,36 @@ def test_training_takes_these_weights(data, monkeypatch):
     assert given["class_weight"][0] > given["class_weight"][6]
 
 
-def test_one_and_two_workers_give_the_same_history(data):
-    histories = []
-    for workers in (1, 2):
-        data.training.workers = workers
-        keras.utils.set_random_seed(3)
-        histories.append(without_seconds(train(small_network(), data, epochs=2)))
-    assert histories[0] == histories[1] and len(histories[0]["loss"]) == 2
+def test_each_epoch_has_its_own_transforms_and_learning_rate(data, monkeypatch):
+    """The rate falls along a cosine."""
+    augmented_batches, seeds = script.augmented_batches, []
+
+    def augment_and_tell(data, batch_size, seed):
+        seeds.append(seed)
+        return augmented_batches(data, batch_size, seed)
+
+    monkeypatch.setattr(script, "augmented_batches", augment_and_tell)
+    history = train(small_network(), data, epochs=3, learning_rate=0.01, seed=5)
+    assert history["epoch"] == [1, 2, 3] and seeds == [[5, 0], [5, 1], [5, 2]]
+    assert history["learning_rate"] == pytest.approx([0.01, 0.0075, 0.0025])
+
+
+def test_the_weights_are_those_of_the_best_epoch(data, monkeypatch):
+    """Here it is the second of three, as the validation tells it."""
+    fit, after_epoch, accuracies = keras.Sequential.fit, [], iter([0.3, 0.5, 0.4])
+
+    def fit_and_tell(model, *arguments, **settings):
+        fitted = fit(model, *arguments, **settings)
+        after_epoch.append(model.get_weights())
+        fitted.history["val_accuracy"] = [next(accuracies)]
+        return fitted
+
+    monkeypatch.setattr(keras.Sequential, "fit", fit_and_tell)
+    model = small_network()
+    history = train(model, data, epochs=3)
+    assert history["val_accuracy"] == [0.3, 0.5, 0.4]
+    assert all(map(np.array_equal, model.get_weights(), after_epoch[1]))
+    assert not all(map(np.array_equal, model.get_weights(), after_epoch[2]))
 
 
 def test_training_without_a_checkpoint_writes_nothing(data, tmp_path, monkeypatch):
@@ -133,16 +206,27 @@ def test_training_without_a_checkpoint_writes_nothing(data, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_run_never_makes_the_next_one_train_nothing(data, tmp_path):
-    histories = []
-    for _ in range(2):
-        keras.utils.set_random_seed(3)
-        model = small_network()
-        before = model.get_weights()
-        histories.append(train(model, data, checkpoint=str(tmp_path / "run.npz")))
-        assert not all(map(np.array_equal, before, model.get_weights()))
-        assert {path.name for path in tmp_path.iterdir()} == {"accuracy.png", "loss.png"}
-    assert without_seconds(histories[0]) == without_seconds(histories[1])
+def test_images_of_64_pixels_are_learned_and_the_18_views_fit_them(tmp_path, capfd):
+    """Stripes, finer from emotion to emotion; only the SIZE of the script is another one."""
+    path = changed_script(tmp_path, ("SIZE = 48 ", "SIZE = 64 "))
+    spec = importlib.util.spec_from_file_location("changed", path)
+    larger = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(larger)
+    rng = np.random.default_rng(0)
+
+    def draw(emotion, kind, number):
+        stripes = 1.5 ** EMOTIONS.index(emotion) * np.linspace(0, 2 * np.pi, 64) + rng.uniform(0, 6)
+        pixels = 128 + 60 * np.sin(stripes)[:, np.newaxis] + rng.normal(0, 20, (64, 64))
+        return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
+
+    data = larger.load_data(make_dataset(tmp_path / "data", 12, 2, 8, draw))
+    assert data.training.images.shape == (84, 64, 64, 1)
+    keras.utils.set_random_seed(0)
+    model = larger.create_CNN(7, dropout=0)
+    larger.train_model(model, data, epochs=3, batch_size=14)
+    scores, _ = larger.evaluate_model(model, data)
+    assert scores["single_image_accuracy"] > 0.5  # by chance, it would be 0.14
+    assert scores["accuracy"] > scores["single_image_accuracy"] - 0.1
 
 
 def test_plots_beside_the_checkpoint_are_current_after_every_epoch(data, tmp_path, monkeypatch):
@@ -156,48 +240,114 @@ def test_plots_beside_the_checkpoint_are_current_after_every_epoch(data, tmp_pat
     train(small_network(), data, epochs=2, checkpoint=tmp_path / script.CHECKPOINT)
     assert [epochs for *epochs, _ in plotted] == [[1], [1, 2]]
     assert plotted[0][-1] != plotted[1][-1]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "accuracy.png", "loss.png", script.CHECKPOINT}
 
 
 def test_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync") or fsync(file))
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
-    script.save_checkpoint(tmp_path / "run.npz", {}, {"epoch": [1]}, [np.ones(2)], [np.zeros(3)])
+    script.save_checkpoint(tmp_path / "run.npz", {"history": {"epoch": [1]}},
+                           [np.ones(2), np.zeros(3)])
     assert calls == ["fsync", "replace"]
-    run, history, (variable,), (weight,) = script.load_checkpoint(tmp_path / "run.npz")
-    assert (run, history) == ({}, {"epoch": [1]}) and variable.tolist() == [1, 1]
-    assert weight.tolist() == [0, 0, 0]
+    state, (variable, weight) = script.load_checkpoint(tmp_path / "run.npz")
+    assert state == {"history": {"epoch": [1]}}
+    assert variable.tolist() == [1, 1] and weight.tolist() == [0, 0, 0]
 
 
-def interrupt_after_first_checkpoint(monkeypatch):
-    """Let Ctrl-C be pressed as soon as the first checkpoint is written."""
-    save = script.save_checkpoint
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "new folder" / "file.txt"
+    with script.whole_file(path) as part:
+        part.write_text("the one before")
+        assert not path.exists()
+    with pytest.raises(OSError, match="disk"), script.whole_file(path) as part:
+        part.write_text("half of")
+        raise OSError("disk full")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="share"):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("share gone")))
+        with script.whole_file(path) as part:
+            part.write_text("all of it")
+    assert path.read_text() == "the one before" and list(path.parent.iterdir()) == [path]
 
-    def save_and_press(*arguments):
+
+class Interruption(Exception):
+    """What ends a training in these tests."""
+
+
+def interrupt(monkeypatch, checkpoints):
+    """Let a training end as soon as so many checkpoints are written."""
+    save, written = script.save_checkpoint, []
+
+    def save_and_interrupt(*arguments):
         save(*arguments)
-        signal.raise_signal(signal.SIGINT)
+        written.append(arguments)
+        if len(written) == checkpoints:
+            raise Interruption
 
-    monkeypatch.setattr(script, "save_checkpoint", save_and_press)
+    monkeypatch.setattr(script, "save_checkpoint", save_and_interrupt)
 
 
-def test_a_notebook_goes_on_where_it_was_interrupted(data, tmp_path, monkeypatch):
+def test_a_training_goes_on_exactly_wherever_it_was_interrupted(
+        data, tmp_path, monkeypatch, no_plots):
+    """The first checkpoint comes before the first epoch."""
     keras.utils.set_random_seed(3)
     whole = small_network()
-    history = train(whole, data, epochs=3)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after_first_checkpoint(patch)
-        keras.utils.set_random_seed(3)
-        train(small_network(), data, epochs=3, checkpoint=tmp_path / "run.npz")
-    assert (tmp_path / "run.npz").exists()
-    keras.utils.set_random_seed(99)  # a new process has other random numbers
-    resumed = small_network()
-    resumed_history = train(resumed, data, epochs=3, checkpoint=tmp_path / "run.npz")
-    assert without_seconds(resumed_history) == without_seconds(history)
-    assert all(map(np.array_equal, resumed.get_weights(), whole.get_weights()))
+    history = train(whole, data, epochs=2)
+    for checkpoints in 1, 2:
+        checkpoint = tmp_path / f"{checkpoints}.npz"
+        with monkeypatch.context() as patch, pytest.raises(Interruption):
+            interrupt(patch, checkpoints)
+            keras.utils.set_random_seed(3)
+            train(small_network(), data, epochs=2, checkpoint=checkpoint)
+        state, _ = script.load_checkpoint(checkpoint)
+        assert len(state["history"]["epoch"]) == checkpoints - 1
+        keras.utils.set_random_seed(99)  # a new process has other random numbers
+        resumed = small_network()
+        resumed_history = train(resumed, data, epochs=2, checkpoint=str(checkpoint))
+        assert without_seconds(resumed_history) == without_seconds(history)
+        assert all(map(np.array_equal, resumed.get_weights(), whole.get_weights()))
+
+
+def test_a_finished_checkpoint_gives_the_finished_training(data, tmp_path, monkeypatch, no_plots):
+    first, again = small_network(), small_network()
+    history = train(first, data, checkpoint=tmp_path / "run.npz")
+    monkeypatch.setattr(keras.Sequential, "fit", lambda *_, **__: pytest.fail("trained again"))
+    assert train(again, data, checkpoint=tmp_path / "run.npz") == history
+    assert all(map(np.array_equal, first.get_weights(), again.get_weights()))
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(
+        data, tmp_path, monkeypatch, no_plots):
+    """As on a full disk, for where the tests cannot mount a small one."""
+    checkpoint, replace, kept = tmp_path / "run.npz", os.replace, []
+
+    def replace_once(source, target):
+        if kept:
+            raise OSError("No space left on device")
+        replace(source, target)
+        kept.append(checkpoint.read_bytes())
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(OSError, match="No space left"):
+        train(small_network(), data, checkpoint=checkpoint)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == kept
+    assert script.load_checkpoint(checkpoint)[0]["history"] == {"epoch": []}
+
+
+def test_ranges_that_are_lists_or_tuples_resume(data, tmp_path, monkeypatch, no_plots):
+    """JSON knows no tuples, and would give back a list."""
+    monkeypatch.setattr(script, "AUGMENTATION", {
+        "zoom_range": (0.9, 1.1), "width_shift_range": [-2, 0, 2]})
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        interrupt(patch, checkpoints=1)
+        train(small_network(), data, checkpoint=tmp_path / "run.npz")
+    history = train(small_network(), data, checkpoint=tmp_path / "run.npz")
+    assert history["epoch"] == [1]
 
 
 def test_float16_resumes_exactly_although_the_loss_scale_skips_steps(
-        data, tmp_path, monkeypatch, dtype_policy):
+        data, tmp_path, monkeypatch, dtype_policy, no_plots):
     """A scale that grows with every step soon is too large, and a step is left out."""
     original, optimizers = keras.optimizers.LossScaleOptimizer.__init__, []
 
@@ -214,65 +364,55 @@ def test_float16_resumes_exactly_although_the_loss_scale_skips_steps(
     monkeypatch.setattr(keras.optimizers.LossScaleOptimizer, "__init__", grow_fast)
     dtype_policy("mixed_float16")
     history, weights = train_network("whole.npz")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after_first_checkpoint(patch)
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        interrupt(patch, checkpoints=2)
         train_network("interrupted.npz")
-    assert int(optimizers[-1].inner_optimizer.iterations) < len(data.training)  # some left out
+    steps = math.ceil(len(data.training.images) / 8)
+    assert int(optimizers[-1].inner_optimizer.iterations) < steps  # some left out
     resumed_history, resumed_weights = train_network("interrupted.npz")
     assert resumed_history == history and len(history["loss"]) == 2
     assert all(map(np.array_equal, resumed_weights, weights))
 
 
+def test_loss_that_is_not_finite_ends_the_training(data, tmp_path):
+    model = small_network()
+    with pytest.raises(script.InputError, match="loss is NaN or infinite: .* lower learning rate"):
+        train(model, data, learning_rate=1e30, checkpoint=tmp_path / "run.npz")
+    state, _ = script.load_checkpoint(tmp_path / "run.npz")
+    assert state["history"] == {"epoch": []}  # nothing of that epoch is kept
+
+
 @pytest.mark.parametrize(("settings", "what"), [
-    ({"epochs": 4}, "epochs"), ({"learning_rate": 0.1}, "learning rate"), ({}, "images")])
+    ({"epochs": 4}, "epochs"), ({"batch_size": 16}, "batch size"), ({"seed": 1}, "seed"),
+    ({"learning_rate": 0.1}, "learning rate"), ({}, "images"), ({}, "labels"),
+    ({}, "augmentation"), ({}, "precision"), ({}, "number of parameters"),
+    ({"epochs": 4, "seed": 1}, "epochs and seed")])
 def test_a_checkpoint_of_another_run_is_refused_and_stays(
-        data, tmp_path, monkeypatch, settings, what):
+        data, tmp_path, monkeypatch, dtype_policy, settings, what):
     checkpoint = tmp_path / "run.npz"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after_first_checkpoint(patch)
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        interrupt(patch, checkpoints=1)
         train(small_network(), data, epochs=3, checkpoint=checkpoint)
     before = checkpoint.read_bytes()
     if what == "images":
         data.training.images[0] = 0
+    elif what == "labels":
+        data.validation.labels[0] = 3
+        what = "images"
+    elif what == "augmentation":
+        monkeypatch.setattr(script, "AUGMENTATION", {"rotation_range": 11})
+    elif what == "precision":
+        dtype_policy("mixed_bfloat16")
+    model = script.create_CNN(7) if what == "number of parameters" else small_network()
     with pytest.raises(script.InputError, match=f"run.npz does not fit: the {what} changed since"):
-        train(small_network(), data, **{"epochs": 3, "checkpoint": checkpoint} | settings)
+        train(model, data, **{"epochs": 3, "checkpoint": checkpoint} | settings)
     assert checkpoint.read_bytes() == before
 
 
-@pytest.mark.parametrize("within, epochs", [("train_step", 0), ("test_step", 1)])
-def test_ctrl_c_within_tensorflow_comes_out_after_it(
-        data, tmp_path, monkeypatch, within, epochs):
-    step, presses = getattr(keras.Sequential, within), iter([signal.SIGINT])
-
-    def press_and_step(*arguments):  # it may be traced twice
-        for press in presses:
-            signal.raise_signal(press)
-        return step(*arguments)
-
-    monkeypatch.setattr(keras.Sequential, within, press_and_step)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt) as interrupt:
-        train(script.create_CNN(7), data, checkpoint=tmp_path / "unfinished" / script.CHECKPOINT)
-    assert interrupt.traceback[-1].name == "interrupt_if_pressed"  # not within TensorFlow
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert len(kept_history(tmp_path).get("epoch", [])) == epochs
-
-
-def test_a_second_ctrl_c_interrupts_at_once():
-    with pytest.raises(KeyboardInterrupt), script.delayed_interrupt() as pressed:
-        assert not pressed.is_set()
-        signal.raise_signal(signal.SIGINT)
-        assert pressed.is_set()
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("the second Ctrl-C did nothing")
-
-
-def test_ctrl_c_does_what_it_did_after_a_fit_that_failed(data, monkeypatch):
-    def fit(*_, **__):
-        raise ValueError("broken")
-
-    monkeypatch.setattr(keras.Sequential, "fit", fit)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ValueError, match="broken"):
-        train(small_network(), data)
-    assert signal.getsignal(signal.SIGINT) is handler
+def test_settings_are_kept_for_the_run_that_goes_on(data, tmp_path, monkeypatch):
+    settings = {"data_dir": "somewhere", "precision": "float32"}
+    interrupt(monkeypatch, checkpoints=1)
+    with pytest.raises(Interruption):
+        train(small_network(), data, checkpoint=tmp_path / "run.npz", settings=settings)
+    state, _ = script.load_checkpoint(tmp_path / "run.npz")
+    assert state["settings"] == settings

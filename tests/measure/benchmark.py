@@ -19,17 +19,14 @@ machine is as noisy for all.  All have the script's network, batch size and opti
                      of PyTorch's DataLoader: what script is, in PyTorch
 
 PyTorch takes part where it is installed (pip install torch).  Its contenders stand in
-benchmark_pytorch.py.  Peak memory is that of the process that trains, without the two beside it.
+benchmark_pytorch.py.
 """
 
 import argparse
 import importlib.util
 import itertools
-import json
 import math
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -92,75 +89,61 @@ def counted(times):
 
 
 def contend(name, data_dir, precision, seconds):
-    """Be one contender: train a round for each line on stdin, answer with a line of JSON."""
+    """Be one contender: say when ready, train a round for each line on stdin, answer images/s."""
     answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # what libraries print is no answer
     contender = keras_contender
     if name.startswith("PyTorch"):
         from benchmark_pytorch import pytorch_contender  # here: PyTorch need not be installed
         contender = pytorch_contender
     train, most = contender(name, data_dir, precision)
-    times = train(min(most, 2 * WARM_UP))
-    print(json.dumps({"first_batch": times[0]}), file=answers, flush=True)
-    number, duration = counted(times)
+    number, duration = counted(train(min(most, 2 * WARM_UP)))
+    print("ready", file=answers, flush=True)
     steps = max(2 * WARM_UP, round(seconds * number / duration))
     epochs = math.ceil(steps / (most - WARM_UP))
     for _ in sys.stdin:
-        of_epochs = [counted(train(min(most, WARM_UP + math.ceil(steps / epochs))))
-                     for _ in range(epochs)]
-        numbers, durations = zip(*of_epochs)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak /= 2**20 if platform.system() == "Darwin" else 2**10  # bytes there, KiB here
-        print(json.dumps({"rate": script.BATCH_SIZE * sum(numbers) / sum(durations),
-                          "peak": peak}), file=answers, flush=True)
+        numbers, durations = zip(*[counted(train(min(most, WARM_UP + math.ceil(steps / epochs))))
+                                   for _ in range(epochs)])
+        print(script.BATCH_SIZE * sum(numbers) / sum(durations), file=answers, flush=True)
 
 
 def start_contender(name, data_dir, precision, seconds):
-    """Start the process of a contender; return it and the seconds to its first batch."""
-    start = time.time()
+    """Start the process of a contender; return it when it is ready."""
     process = subprocess.Popen(
         [sys.executable, __file__, "--contender", name, "--data-dir", data_dir,
          "--precision", precision, "--seconds", str(seconds)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    answer = json.loads(process.stdout.readline())
-    return process, answer["first_batch"] - start
+    process.stdout.readline()
+    return process
 
 
 def train_round(process):
-    """Let a contender train for a round; return images/s and its peak memory in MiB."""
+    """Let a contender train for a round; return images/s."""
     process.stdin.write("go\n")
     process.stdin.flush()
-    answer = json.loads(process.stdout.readline())
-    return answer["rate"], answer["peak"]
+    return float(process.stdout.readline())
 
 
 def compare(names, data_dir, precision, rounds, seconds):
-    """Let the contenders train in turns.
-
-    Returns, by name, images/s of each round, peak memory in MiB and the seconds to the first batch.
-    """
-    processes, first_batch, rates, peak = {}, {}, {name: [] for name in names}, {}
-    for name in names:  # one after the other: each start is measured alone
-        processes[name], first_batch[name] = start_contender(name, data_dir, precision, seconds)
+    """Let the contenders train in turns; return images/s of each round, by name."""
+    processes = {name: start_contender(name, data_dir, precision, seconds) for name in names}
+    rates = {name: [] for name in names}
     for number in range(1, rounds + 1):
         for name in names:
-            rate, peak[name] = train_round(processes[name])
-            rates[name].append(rate)
+            rates[name].append(train_round(processes[name]))
         latest = ", ".join(f"{name} {rates[name][-1]:.0f}" for name in names)
         print(f"round {number}: {latest}", flush=True)
     for process in processes.values():
         process.communicate()
-    return rates, peak, first_batch
+    return rates
 
 
-def print_table(rates, peak, first_batch):
-    """Print a row for each contender."""
-    print("| contender | images/s (median) | lowest to highest | script is | peak memory | "
-          "start to first batch |")
-    print("| --- | --- | --- | --- | --- | --- |")
+def print_table(rates):
+    """Print a row for each contender: images/s (median, lowest, highest) and the script's lead."""
+    print("| contender | images/s | script is |\n| --- | --- | --- |")
     for name, of in rates.items():
         ratio = statistics.median(own / other for own, other in zip(rates["script"], of))
-        print(f"| {name} | {statistics.median(of):.0f} | {min(of):.0f} to {max(of):.0f} | "
-              f"{ratio:.2f} times as fast | {peak[name]:.0f} MiB | {first_batch[name]:.1f} s |")
+        print(f"| {name} | {statistics.median(of):.0f} ({min(of):.0f} to {max(of):.0f}) | "
+              f"{ratio:.2f} |")
 
 
 def main():
@@ -185,11 +168,11 @@ def main():
     with tempfile.TemporaryDirectory() as drawings:
         if not options.data_dir:
             script.draw_faces(drawings, 0)
-        rates, peak, first_batch = compare(names, options.data_dir or drawings, precision,
-                                           options.rounds, options.seconds)
+        rates = compare(names, options.data_dir or drawings, precision, options.rounds,
+                        options.seconds)
     print(f"\n{processor}, {precision}, batch size {script.BATCH_SIZE}, "
           f"{options.rounds} rounds of {options.seconds:.0f} s\n")
-    print_table(rates, peak, first_batch)
+    print_table(rates)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ class AugmentedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         image = self.generator.random_transform(self.images[index].astype("float32"))
-        return np.moveaxis(image, 2, 0), self.labels[index]
+        # A flip is a view with negative strides, which PyTorch does not take.
+        return np.ascontiguousarray(np.moveaxis(image, 2, 0)), self.labels[index]
 
 
 def augmented_batches(data):

@@ -2,40 +2,36 @@
 
     python tests/measure/heat_maps.py --data-dir data
 
-Of some validation images (PublicTest), each method marks the tenth of the pixels that speak most
+Of 400 validation images (PublicTest), each method marks the tenth of the pixels that speak most
 for the emotion that the included network sees.  They are covered, and its probability (the mean of
-18 views) falls.  How far, on average, is printed, and in how many images another
-emotion is seen then.  For comparison: what the method marks in another image is covered.
+18 views) falls.  How far, on average, is printed, and in how many images another emotion is seen
+then.  For comparison: what the method marks in another image is covered.
   - Grad-CAM: Selvaraju et al. (2017), arXiv:1610.02391, on the second convolution
   - HiResCAM: Draelos and Carin (2020), arXiv:2011.08891, the same without averaging the gradient
   - occlusion: the script's own
 """
 
-import argparse
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
+from included import load_included, script
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+import tensorflow as tf  # after the script, which sets it up
 
-import emotion_recognition_cnn as script  # noqa: E402
-import tensorflow as tf  # noqa: E402
-
+IMAGES = 400
 COVERED = script.SIZE**2 // 10  # pixels
 
 
 def gradient_of_second_convolution(model, image, label):
-    """Return the second convolution of an image and the gradient of the emotion's logarithm on it.
+    """Return the second convolution of an image (48 x 48) and the gradient on it.
 
-    Both are 14 x 14 x filters.
+    The gradient is that of the logarithm of the emotion's probability.  Both are 14 x 14 x filters.
     """
-    _, second = script.convolutions(model)
-    after_second = model.layers.index(second) + 1
-    maps = tf.convert_to_tensor(image[np.newaxis].astype("float32"))
+    _, second = [number for number, layer in enumerate(model.layers)
+                 if isinstance(layer, script.layers.Conv2D)]
+    after_second = second + 1
+    maps = tf.convert_to_tensor(image[np.newaxis, :, :, np.newaxis].astype("float32"))
     for layer in model.layers[:after_second]:
         maps = layer(maps)
     with tf.GradientTape() as tape:
@@ -67,29 +63,28 @@ def hires_cam(model, image, label):
 
 
 def cover_with_grey(image, marked):
-    """Return the image (48 x 48 x 1) with its mean in place of what is marked."""
+    """Return the image (48 x 48) with its mean in place of what is marked."""
     return np.where(marked, image.mean(), image)
 
 
 def cover_with_blur(image, marked):
-    """Return the image (48 x 48 x 1) with a blurred one in place of what is marked."""
-    small = Image.fromarray(image[:, :, 0]).resize((6, 6), Image.Resampling.BOX)
-    blurred = np.asarray(small.resize(image.shape[:2], Image.Resampling.BICUBIC))
-    return np.where(marked, blurred[:, :, np.newaxis], image)
+    """Return the image (48 x 48) with a blurred one in place of what is marked."""
+    small = Image.fromarray(image).resize((6, 6), Image.Resampling.BOX)
+    return np.where(marked, small.resize(image.shape, Image.Resampling.BICUBIC), image)
 
 
 def mark(heat_map):
-    """Return the tenth of the pixels where a map is highest (bool, 48 x 48 x 1)."""
+    """Return the tenth of the pixels where a map is highest (bool, 48 x 48)."""
     marked = np.zeros(heat_map.size, bool)
     marked[np.argsort(-heat_map.ravel(), kind="stable")[:COVERED]] = True
-    return marked.reshape(script.SIZE, script.SIZE, 1)
+    return marked.reshape(heat_map.shape)
 
 
 def falls(model, images, marks, cover):
     """Return by how much the emotion's probability falls on average, and how often it changes."""
     covered = np.stack([cover(image, marked) for image, marked in zip(images, marks)])
-    before = script.classify_faces(model, images)
-    after = script.classify_faces(model, covered)
+    before, after = [script.classify_faces(model, faces[..., np.newaxis])
+                     for faces in (images, covered)]
     seen = before.argmax(axis=1)
     rows = np.arange(len(images))
     fall = (before[rows, seen] - after[rows, seen]).mean()
@@ -98,7 +93,7 @@ def falls(model, images, marks, cover):
 
 def random_square(rng):
     """Return the mark of a square as large as the tenth of an image, anywhere in it."""
-    marked = np.zeros((script.SIZE, script.SIZE, 1), bool)
+    marked = np.zeros((script.SIZE, script.SIZE), bool)
     side = round(COVERED**0.5)
     top, left = rng.integers(0, script.SIZE - side + 1, 2)
     marked[top:top + side, left:left + side] = True
@@ -106,29 +101,20 @@ def random_square(rng):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", required=True, help="folder that holds train/ and test/")
-    parser.add_argument("--images", type=int, default=400, help="default: %(default)s")
-    options = parser.parse_args()
-    model, emotions = script.load_network(sorted(ROOT.glob(f"docs/runs/*/{script.NETWORK}"))[0])
-    data = script.load_data(options.data_dir)
-    if emotions != data.emotions:
-        sys.exit(f"error: the network knows {emotions}, the images show {data.emotions}")
+    model, data = load_included(__doc__)
     rng = np.random.default_rng(0)
-    count = min(options.images, len(data.validation.images))
-    images = data.validation.images[rng.choice(len(data.validation.images), count, replace=False)]
-    seen = script.classify_faces(model, images).argmax(axis=1)
+    images = rng.choice(data.validation.images[..., 0], IMAGES, replace=False)
+    seen = script.classify_faces(model, images[..., np.newaxis]).argmax(axis=1)
 
-    print(f"\n{count} validation images, {COVERED} of {script.SIZE**2} pixels covered; fall of the "
-          "probability in percentage points\n")
+    print(f"\n{IMAGES} validation images, {COVERED} of {script.SIZE**2} pixels covered; fall of "
+          "the probability in percentage points\n")
     print("| marked by | ms | grey: fall | changed | another image's, grey: fall | changed "
           "| blurred: fall | changed |\n" + "| --- " * 8 + "|")
     for name, method in (("Grad-CAM", grad_cam), ("HiResCAM", hires_cam),
                          ("occlusion", script.occlusion_map)):
         started = time.perf_counter()
         heat_maps = [method(model, image, label) for image, label in zip(images, seen)]
-        milliseconds = 1000 * (time.perf_counter() - started) / count
+        milliseconds = 1000 * (time.perf_counter() - started) / IMAGES
         marks = [mark(heat_map) for heat_map in heat_maps]
         of_others = marks[1:] + marks[:1]
         print(f"| {name} | {milliseconds:.0f} | {falls(model, images, marks, cover_with_grey)} | "
