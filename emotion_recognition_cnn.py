@@ -64,6 +64,7 @@ tf.get_logger().setLevel("ERROR")  # it warns when several networks are traced, 
 # A user's keras.json may say otherwise.
 keras.config.set_image_data_format("channels_last")
 keras.config.set_floatx("float32")
+keras.config.set_epsilon(1e-7)
 
 SIZE = 48  # pixels: height and width of the images of FER-2013
 # Arguments of ImageDataGenerator, for the training images alone; those in AFFINE are possible.
@@ -241,6 +242,8 @@ def load_data(data_dir):
         # Counted from 0 in each emotion; never the first, as it may be the only one.
         number = np.concatenate([np.arange(count) for count in np.bincount(training.labels)])
         validation, training = split(training, number % 10 == 1)
+        if not len(validation.images):
+            raise InputError(f"{data_dir / 'train'} holds too few images to hold some out")
     print(f"{len(training.images):,} training, {len(validation.images):,} validation and "
           f"{len(test.images):,} test images; {np.sum(~test.clean):,} of the test images also "
           "stand in train/")
@@ -688,6 +691,8 @@ def load_network(path):
         model = keras.models.load_model(path)
         with zipfile.ZipFile(path) as file:
             emotions = json.loads(file.read("emotions.json"))
+        if model.input_shape[1:] != (SIZE, SIZE, 1) or model.output_shape[1:] != (len(emotions),):
+            raise ValueError("other images or emotions")
     except Exception as error:  # of zipfile, JSON, h5py or Keras, which tells the cause last
         reason = str(error).strip().splitlines()[-1:]
         raise InputError(
