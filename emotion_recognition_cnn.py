@@ -1063,11 +1063,16 @@ if __name__ == "__main__":
     output_dir = Path(options.output_dir)
     checkpoint = output_dir / "unfinished" / CHECKPOINT
 
+    def complain(message):
+        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            checkpoint.parent.rmdir()  # if it is empty: without a checkpoint, nothing is unfinished
+
     def end_at_once(number, frame):  # KeyboardInterrupt may come out of TensorFlow as another error
         if sys.stderr.isatty():
             print(file=sys.stderr)  # ends the line of the progress bar
         way_on = "; --resume goes on" if checkpoint.exists() and not options.predict else ""
-        print(f"interrupted{way_on}", file=sys.stderr)
+        complain(f"interrupted{way_on}")
         os._exit(130)  # as shells do
 
     if IS_PROGRAM:
@@ -1123,7 +1128,5 @@ if __name__ == "__main__":
     except BrokenPipeError:  # what read the output has ended: `head`, say
         os._exit(141)  # as shells do
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            checkpoint.parent.rmdir()  # if it is empty: without a checkpoint, nothing is unfinished
+        complain(f"error: {error}")
         sys.exit(2)
