@@ -246,7 +246,7 @@ def test_only_training_images_are_augmented(small_dataset):
 
 # One of each kind of affine transform, as ImageDataGenerator names its parameters, and all at once.
 TRANSFORMS = {
-    "none": {}, "rotation": {"theta": 33}, "shift down": {"tx": 5.3}, "shift right": {"ty": -7.8},
+    "none": {}, "rotation": {"theta": 33}, "shift sideways": {"tx": 5.3}, "shift up": {"ty": -7.8},
     "shear": {"shear": 21}, "zoom": {"zx": 0.8, "zy": 0.8}, "asymmetrical zoom": {"zx": 1.3},
     "other asymmetrical zoom": {"zx": 0.9, "zy": 1.2}, "flip": {"flip_horizontal": True},
     "upside down": {"flip_vertical": True}, "both flips": {"flip_horizontal": True,

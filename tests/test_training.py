@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import EMOTIONS, changed_script, make_dataset, script, small_network
 from PIL import Image
+from tensorflow.keras.preprocessing.image import ImageDataGenerator
 
 
 @pytest.fixture
@@ -218,6 +219,12 @@ def test_images_of_64_pixels_are_learned_and_the_18_views_fit_them(tmp_path, cap
         stripes = 1.5 ** EMOTIONS.index(emotion) * np.linspace(0, 2 * np.pi, 64) + rng.uniform(0, 6)
         pixels = 128 + 60 * np.sin(stripes)[:, np.newaxis] + rng.normal(0, 20, (64, 64))
         return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
+
+    image = rng.uniform(0, 255, (1, 64, 64, 1)).astype("float32")
+    of_first_view = {"zx": 11 / 12, "zy": 11 / 12, "ty": -64 / 24}
+    expected = ImageDataGenerator(dtype="float32").apply_transform(image[0], of_first_view)
+    first_view = larger.transform_images(image, larger.VIEWS[:1])[0]
+    assert np.abs(first_view - expected).max() < 0.01
 
     data = larger.load_data(make_dataset(tmp_path / "data", 12, 2, 8, draw))
     assert data.training.images.shape == (84, 64, 64, 1)
