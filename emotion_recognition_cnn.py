@@ -410,7 +410,7 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
 
     With `checkpoint`, a path, that file holds after each epoch all that it takes to go on, and the
     plots beside it show the epochs so far; if the file exists, training goes on from there,
-    exactly.  `settings` (a dict for JSON) are kept in it.
+    exactly: a finished run is given back as it was.  `settings` (a dict for JSON) are kept in it.
 
     Leaves `model` with the weights of the epoch with the highest validation accuracy, in float32,
     compiled for evaluation.  Returns the history, a dict of lists with a value per epoch.  Raises
@@ -611,7 +611,7 @@ def receptive_field(model, layer):
     """Return the receptive field of a layer of a Sequential model: size, step, start; in pixels.
 
     Place i of its output, along either axis, sees `size` pixels of the image, from start + i * step
-    on.  Takes square kernels and pools.
+    on.  Takes square kernels and pools, without dilation.
     Araujo et al. (2019), "Computing receptive fields of convolutional neural networks", Distill.
     """
     size, step, start = 1, 1, 0
@@ -1063,16 +1063,23 @@ if __name__ == "__main__":
     output_dir = Path(options.output_dir)
     checkpoint = output_dir / "unfinished" / CHECKPOINT
 
+    in_the_way = InputError(f"{checkpoint.parent} holds an unfinished run: go on with it with "
+                            "--resume, delete it, or name another --output-dir")
+    is_running = False  # whether the unfinished run is this one
+
     def complain(message):
         print(message, file=sys.stderr)
-        with contextlib.suppress(OSError):
-            checkpoint.parent.rmdir()  # if it is empty: without a checkpoint, nothing is unfinished
+        if is_running:
+            with contextlib.suppress(OSError):
+                checkpoint.parent.rmdir()  # if it is empty: without a checkpoint, nothing is kept
+
+    def way_on():
+        return "; --resume goes on" if is_running and checkpoint.exists() else ""
 
     def end_at_once(number, frame):  # KeyboardInterrupt may come out of TensorFlow as another error
         if sys.stderr.isatty():
             print(file=sys.stderr)  # ends the line of the progress bar
-        way_on = "; --resume goes on" if checkpoint.exists() and not options.predict else ""
-        complain(f"interrupted{way_on}")
+        complain(f"interrupted{way_on()}")
         os._exit(130)  # as shells do
 
     if IS_PROGRAM:
@@ -1094,6 +1101,9 @@ if __name__ == "__main__":
             if options.data_dir:  # it was moved
                 settings["data_dir"] = os.path.abspath(options.data_dir)
             started -= sum(state["history"].get("seconds", []))  # as if it had never stopped
+            is_running = True
+        elif checkpoint.parent.exists():
+            raise in_the_way
         else:
             data_dir = None if options.demo else os.path.abspath(options.data_dir or find_dataset())
             settings = {"data_dir": data_dir, "demo": options.demo,
@@ -1110,9 +1120,9 @@ if __name__ == "__main__":
         if not options.resume:
             try:
                 checkpoint.parent.mkdir(parents=True)  # the folder is the lock
-            except FileExistsError as error:
-                raise InputError(f"{checkpoint.parent} holds an unfinished run: go on with it with "
-                                 "--resume, delete it, or name another --output-dir") from error
+            except FileExistsError:
+                raise in_the_way from None
+            is_running = True
         model = create_CNN(len(data.emotions), dropout=min(settings["epochs"] / 88, 1))
         history = train_model(model, data, settings["epochs"], settings["batch_size"],
                               settings["learning_rate"], settings["seed"], checkpoint, settings)
@@ -1127,6 +1137,9 @@ if __name__ == "__main__":
         print(f"\nSaved in {output_dir}: {', '.join(sorted(os.listdir(output_dir)))}")
     except BrokenPipeError:  # what read the output has ended: `head`, say
         os._exit(141)  # as shells do
-    except (InputError, OSError) as error:
+    except InputError as error:
         complain(f"error: {error}")
+        sys.exit(2)
+    except OSError as error:  # the disk is full, say
+        complain(f"error: {error.filename or output_dir}: {error.strerror or error}{way_on()}")
         sys.exit(2)
