@@ -688,7 +688,7 @@ def save_network(model, emotions, path):
 def load_network(path):
     """Return the network and the emotions that `save_network` wrote; InputError if it cannot."""
     try:
-        model = keras.models.load_model(path)
+        model = keras.models.load_model(path, compile=False)
         with zipfile.ZipFile(path) as file:
             emotions = json.loads(file.read("emotions.json"))
         if model.input_shape[1:] != (SIZE, SIZE, 1) or model.output_shape[1:] != (len(emotions),):
@@ -824,7 +824,8 @@ def draw_photo(photo, faces, model, path):
             scene.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False,
                                       color=SKY_BLUE, linewidth=2))
             scene.text(max(left, 0), max(top, 0), f"{face['face']} {face['emotion']}", va="bottom",
-                       size=11 if len(faces) <= len(shown) else 5, backgroundcolor=SKY_BLUE)
+                       size=11 if len(faces) <= len(shown) else 5,
+                       bbox={"color": SKY_BLUE, "pad": 1 if len(faces) > len(shown) else 4})
     pixels = np.asarray(photo)
     # From invisible to four fifths opaque.
     heat = LinearSegmentedColormap.from_list("heat", [VERMILION + "00", VERMILION + "D0"])
@@ -1029,7 +1030,7 @@ def parse_command_line(arguments):
     else:
         useless = given & {"--no-detect", "--json"}
     if useless:
-        parser.error(f"{', '.join(sorted(useless))} has no effect here: leave it out")
+        parser.error(f"{', '.join(sorted(useless))} would have no effect here: leave it out")
     return options
 
 
