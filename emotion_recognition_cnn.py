@@ -877,7 +877,8 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
     photos, all_well = find_photos(paths), True
     for number, path in enumerate(photos, 1):
         try:
-            faces = classify_photo(path, model, emotions, detect)
+            photo = open_image(path)
+            faces = classify_photo(photo, model, emotions, detect)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             all_well = False
@@ -895,7 +896,7 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
                       f"{face['confidence']:.1%}  ({shares})")
             name = f"{number}_{path.stem[:50]}.emotions.jpg"  # a name may have 255 bytes
             picture = Path(output_dir, "predictions", name)
-            draw_photo(open_image(path), faces, model, picture)
+            draw_photo(photo, faces, model, picture)
             print(f"  drawn in {picture}")
     return all_well
 

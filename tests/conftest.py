@@ -171,6 +171,19 @@ def foreign_model(path):
     os.replace(path.with_suffix(".keras"), path)
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """Return the list of the figures that are saved from now on."""
+    saved, savefig = [], script.Figure.savefig
+
+    def save(figure, *arguments, **settings):
+        saved.append(figure)
+        return savefig(figure, *arguments, **settings)
+
+    monkeypatch.setattr(script.Figure, "savefig", save)
+    return saved
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, testrun_uid):
     """Return `shared(name, make)`: a folder that `make` has filled, once for all workers."""

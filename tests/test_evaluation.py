@@ -152,19 +152,6 @@ def test_evaluate_model_where_every_test_image_stands_in_train(capsys):
 
 
 # --- Plots ----------------------------------------------------------------------------------------
-@pytest.fixture
-def figures(monkeypatch):
-    """Return the list of the figures that are saved from now on."""
-    saved, savefig = [], script.Figure.savefig
-
-    def save(figure, *arguments, **settings):
-        saved.append(figure)
-        return savefig(figure, *arguments, **settings)
-
-    monkeypatch.setattr(script.Figure, "savefig", save)
-    return saved
-
-
 def is_picture(path, shades=50):
     """Return whether a file is a picture that is not blank, and not too small for a page."""
     with Image.open(path) as picture:

@@ -50,19 +50,6 @@ def untrained(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """Return the list of the figures that are saved from now on."""
-    saved, savefig = [], script.Figure.savefig
-
-    def save(figure, *arguments, **settings):
-        saved.append(figure)
-        return savefig(figure, *arguments, **settings)
-
-    monkeypatch.setattr(script.Figure, "savefig", save)
-    return saved
-
-
 class Detector:
     """Stands in for MTCNN: finds faces in the boxes it was made with, whatever the photo."""
 
