@@ -2,7 +2,7 @@
 
     python emotion_recognition_cnn.py           FER-2013, from data/ or downloaded
     python emotion_recognition_cnn.py --demo    drawn faces, nothing to download
-    python emotion_recognition_cnn.py --predict PHOTO    the network in output/, or the included one
+    python emotion_recognition_cnn.py --predict PHOTO    classify faces with what was trained
 
 The network is two convolution blocks, flatten, two dense layers.  Its best epoch is chosen on the
 PublicTest images and evaluated once on the PrivateTest images: after 44 epochs, the default, 70.2 %
@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# Run as a program: not imported, nor run in a notebook with %run.  Keras itself imports IPython.
+# False if imported, or run in a notebook with %run.  Asked before Keras, which imports IPython.
 IS_PROGRAM = __name__ == "__main__" and "IPython" not in sys.modules
 if IS_PROGRAM:
     os.environ["MPLBACKEND"] = "agg"  # Jupyter names its own to all programs that it starts
@@ -67,7 +67,7 @@ keras.config.set_floatx("float32")
 keras.config.set_epsilon(1e-7)
 
 SIZE = 48  # pixels: height and width of the images of FER-2013
-# Arguments of ImageDataGenerator, for the training images alone; those in AFFINE are possible.
+# Arguments of ImageDataGenerator, for the training images alone: any of those in AFFINE.
 AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_range": 0.1,
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_range",
@@ -75,7 +75,7 @@ AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_ran
 EPOCHS = 44
 BATCH_SIZE = 128
 LEARNING_RATE = 0.006
-PROGRESS = 1 if sys.stdout.isatty() else 2  # of Keras: a bar on a terminal, else a line per epoch
+PROGRESS = 1 if sys.stdout.isatty() else 2  # `verbose` of fit(): a bar, or a line per epoch
 
 NETWORK = "emotion_recognition_cnn.keras"
 CHECKPOINT = "checkpoint.npz"
@@ -105,7 +105,7 @@ class LabelledImages(NamedTuple):
 
     images: np.ndarray  # uint8, n x 48 x 48 x 1
     labels: np.ndarray  # int, n: indices into the emotions
-    clean: np.ndarray  # bool, n: False where the same image is also in train/
+    clean: np.ndarray  # bool, n; of test images: False where the same image is also in train/
 
 
 class Data(NamedTuple):
@@ -159,8 +159,8 @@ def find_images(folder):
     images = [path for path in visible if path.suffix.lower() in IMAGE_ENDINGS]
     if len(images) < len(visible):
         endings = sorted({path.suffix for path in visible} - {path.suffix for path in images})
-        print(f"{folder}: {len(visible) - len(images)} files passed over, no images by their "
-              f"endings ({', '.join(endings)})", file=sys.stderr)
+        print(f"{folder}: {len(visible) - len(images)} of {len(visible)} files passed over, no "
+              f"images by their endings ({', '.join(endings)})", file=sys.stderr)
     return images
 
 
@@ -226,16 +226,20 @@ def load_data(data_dir):
     print(f"Reading {data_dir}")
     data_dir = Path(data_dir)
     emotions = find_emotions(data_dir)
+    if not all(name.isprintable() for name in emotions):
+        raise InputError(f"{data_dir / 'train'} holds a folder whose name cannot be printed: "
+                         f"{emotions}")
     print(f"{len(emotions)} emotions: {', '.join(emotions)}")
     _, images, labels = read_images(data_dir / "train", emotions)
-    training = LabelledImages(images, labels, clean=np.ones(len(labels), bool))
-    known = {image.tobytes() for image in images}
+    training = LabelledImages(images, labels, np.ones(len(labels), bool))
+    in_train = {image.tobytes() for image in images}
+
     paths, images, labels = read_images(data_dir / "test", emotions)
-    clean = np.array([image.tobytes() not in known for image in images])
+    clean = np.array([image.tobytes() not in in_train for image in images])
     test = LabelledImages(images, labels, clean)
-    kinds = np.array([path.name.partition("_")[0] for path in paths])
-    if set(kinds) == {"PublicTest", "PrivateTest"}:
-        validation, test = split(test, kinds == "PublicTest")
+    prefixes = np.array([path.name.partition("_")[0] for path in paths])
+    if set(prefixes) == {"PublicTest", "PrivateTest"}:
+        validation, test = split(test, prefixes == "PublicTest")
     else:
         print("test/ does not tell PublicTest from PrivateTest images by name: a tenth of train/ "
               "is held out for validation, all of test/ is the test set")
@@ -252,25 +256,26 @@ def load_data(data_dir):
 
 # --- Network --------------------------------------------------------------------------------------
 def create_CNN(classes, dropout=EPOCHS / 88):
-    """Build the network: images (n x 48 x 48 x 1, pixels 0-255) to probabilities (n x classes).
+    """Return the network, not yet compiled.
 
-    `dropout`, from 0 to 1, scales the rates of both dropout layers.  The shorter a run, the less it
-    overfits: epochs / 88, at most 1, suits it.
+    It takes images (n x 48 x 48 x 1, pixels 0-255) and gives probabilities (n x classes).  The
+    rates of both dropout layers are multiplied by `dropout`, from 0 to 1.  The shorter a run, the
+    less it overfits: epochs / 88, at most 1, suits it.
     """
     return keras.Sequential([
         keras.Input((SIZE, SIZE, 1)),
-        # Each image to mean 0 and variance 1: light and contrast of the photo drop out.
+        # Each image to mean 0 and variance 1: light and contrast of the photo cancel out.
         layers.GroupNormalization(groups=1, center=False, scale=False),
         # Pooling comes before normalisation and ReLU, which leaves them a ninth of the work.
         layers.Conv2D(32, 5, padding="same", use_bias=False),
         layers.MaxPooling2D(4, strides=3, padding="same"),  # 48 x 48 to 16 x 16
-        layers.LayerNormalization(),  # across the filters at each place: local contrast drops out
+        layers.LayerNormalization(),  # over the channels at each place: local contrast cancels out
         layers.ReLU(),
         layers.Conv2D(384, 3, use_bias=False),
         layers.MaxPooling2D(7, strides=3, padding="same"),  # 14 x 14 to 5 x 5
         layers.BatchNormalization(momentum=0.9),
         layers.ReLU(),
-        layers.SpatialDropout2D(0.18 * dropout),  # whole filters: neighbours in a pool are alike
+        layers.SpatialDropout2D(0.18 * dropout),  # whole maps: neighbours in one are alike
         layers.Flatten(),
         layers.Dense(512, use_bias=False),
         layers.BatchNormalization(momentum=0.9),
@@ -344,9 +349,9 @@ def augmented_batches(data, batch_size, seed):
 def class_weights(labels):
     """Return the weight of an image of each emotion in the loss: {label: weight}.
 
-    Rare emotions weigh more: the weight is the cube root of the mean number of images per emotion
-    divided by the emotion's own (scikit-learn's "balanced" takes the ratio itself), scaled to a
-    mean of 1 per image.
+    Rare emotions weigh more: the weight is the cube root of m / n, where n is the emotion's number
+    of images and m the mean of these numbers (scikit-learn's "balanced" is m / n itself), scaled to
+    a mean of 1 per image.
     """
     counts = np.bincount(labels)
     weights = np.cbrt(counts.mean() / counts)
@@ -368,17 +373,17 @@ def whole_file(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}")
     try:
-        yield part
-        os.replace(part, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, state, arrays):
     """Write what training goes on from: a dict for JSON, and a list of arrays."""
-    with whole_file(path) as part, open(part, "wb") as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, *map(np.asarray, arrays), state=json.dumps(state))
         file.flush()
         os.fsync(file.fileno())  # on the disk before it takes its name: the plug may be pulled
@@ -396,11 +401,11 @@ def load_checkpoint(path, run=None):
             state = json.loads(str(file["state"]))
             changed = [name for name in run or {} if state["run"].get(name) != run[name]]
     except Exception as error:  # of zipfile, NumPy or JSON, and whatever else the file may hold
-        raise InputError(f"{path} holds no run to go on with ({type(error).__name__}): delete it, "
-                         "if it is there, and start anew") from error
+        raise InputError(f"{path} holds no run to go on with ({type(error).__name__}): delete the "
+                         "unfinished run, if there is one, and start anew") from error
     if changed:
         raise InputError(f"{path} does not fit: the {' and '.join(changed)} changed since. Bring "
-                         "that back as it was, or delete the file and start anew")
+                         "that back as it was, or delete the unfinished run and start anew")
     return state, arrays
 
 
@@ -408,9 +413,9 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
                 seed=0, checkpoint=None, settings=None):
     """Train `model` on Data with AdamW; the learning rate falls along a cosine over all epochs.
 
-    With `checkpoint`, a path, that file holds after each epoch all that it takes to go on, and the
-    plots beside it show the epochs so far; if the file exists, training goes on from there,
-    exactly: a finished run is given back as it was.  `settings` (a dict for JSON) are kept in it.
+    `checkpoint` is the path of a file that is written after each epoch, with plots beside it.  If
+    it exists, training goes on from it and ends as if it had never stopped; a finished run is not
+    trained again.  `settings` (a dict for JSON) are kept in it for the caller.
 
     Leaves `model` with the weights of the epoch with the highest validation accuracy, in float32,
     compiled for evaluation.  Returns the history, a dict of lists with a value per epoch.  Raises
@@ -421,7 +426,7 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
     model.compile(keras.optimizers.AdamW(schedule), "sparse_categorical_crossentropy",
                   metrics=["accuracy"])
-    model.optimizer.build(model.trainable_variables)
+    model.optimizer.build(model.trainable_variables)  # else it has no variables before a step
     variables = model.variables + model.optimizer.variables
     history, best_weights = {"epoch": []}, model.get_weights()
     if checkpoint:
@@ -434,16 +439,15 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
             for variable, array in zip(variables, arrays):
                 variable.assign(array)
             history, best_weights = saved["history"], arrays[len(variables):]
-        state = {"settings": settings, "run": run, "history": history}
+        state = {"settings": settings, "run": run, "history": history}  # which grows below
         save_checkpoint(checkpoint, state, variables + best_weights)
     validation = in_batches((data.validation.images, data.validation.labels), 256)
     for epoch in range(len(history["epoch"]), epochs):
         print(f"Epoch {epoch + 1}/{epochs}")  # fit() trains for one, and prints no number
         started, rate = time.perf_counter(), float(model.optimizer.learning_rate)
-        row = model.fit(
-            augmented_batches(data, batch_size, [seed, epoch]), validation_data=validation,
-            class_weight=class_weights(data.training.labels), shuffle=False,
-            verbose=PROGRESS).history
+        batches = augmented_batches(data, batch_size, [seed, epoch])  # shuffled: fit() need not
+        row = model.fit(batches, validation_data=validation, shuffle=False, verbose=PROGRESS,
+                        class_weight=class_weights(data.training.labels)).history
         if not math.isfinite(row["loss"][0]):
             raise InputError("the loss is NaN or infinite: delete the unfinished run and start "
                              "anew with a lower learning rate")
@@ -455,7 +459,8 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
             best_weights = model.get_weights()
         if checkpoint:
             save_checkpoint(checkpoint, state, variables + best_weights)
-            plot_history(history, Path(checkpoint).parent)
+            with contextlib.suppress(PermissionError):  # on Windows, where a viewer shows one
+                plot_history(history, Path(checkpoint).parent)
         minutes = np.mean(history["seconds"]) * (epochs - epoch - 1) / 60
         print(f"about {math.ceil(minutes)} min of training left")
     model.set_weights(best_weights)
@@ -487,15 +492,18 @@ def classify_faces(model, images):
 
 
 def evaluate_model(model, data):
-    """Evaluate `model` on the test images of Data; print and return the scores.
+    """Evaluate `model` on the test images of Data; print the scores.
 
-    Returns a dict, and the probabilities (n x classes).  All scores but single_image_accuracy, of
-    the image as it is, are of the mean over the VIEWS.  Balanced accuracy is the mean of the
-    emotions' recall; clean accuracy that of the images that are not also in train/, None if there
-    are none; loss the cross-entropy, in nats.  The calibration error is by how much confidence and
-    accuracy differ on average, in 15 bins of equal width: Guo et al. (2017), "On calibration of
-    modern neural networks", arXiv:1706.04599.  Rows of the confusion matrix are labels, columns
-    predictions.  What would be 0/0 is 0.
+    Returns the scores (a dict) and the probabilities (n x classes).  single_image_accuracy is that
+    of the images as they are; all other scores are those of the mean over VIEWS:
+
+    - loss: cross-entropy, in nats
+    - balanced_accuracy: the mean of the emotions' recall
+    - clean_accuracy: of the images that are not also in train/; None if there are none
+    - calibration_error: by how much confidence and accuracy differ, on average over 15 bins of
+      equal width: Guo et al. (2017), "On calibration of modern neural networks", arXiv:1706.04599
+    - emotions: precision, recall, F1 (0/0 counts as 0) and the number of images of each
+    - confusion_matrix: rows are labels, columns predictions
     """
     images, labels, clean = data.test
     single_view = model.predict(images, batch_size=256, verbose=0)
@@ -509,6 +517,7 @@ def evaluate_model(model, data):
     hits, labelled, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(labelled, 1)
     f1 = 2 * hits / np.maximum(labelled + predicted, 1)
+    # For each bin of confidence, the sum of correct - confidence over its images.
     gaps = np.bincount(np.ceil(15 * confidence).astype(int), weights=correct - confidence)
     scores = {
         "single_image_accuracy": (single_view.argmax(axis=1) == labels).mean(),
@@ -524,7 +533,7 @@ def evaluate_model(model, data):
         "milliseconds_per_face": milliseconds,
     }
     print(f"\nTest, {len(labels):,} images, {clean.sum():,} of them clean: not in train/\n"
-          "All but the single image accuracy: averaged over 18 views, "
+          f"All but the single image accuracy: averaged over {len(VIEWS)} views, "
           f"{milliseconds:.1f} ms an image")
     for name in ("single_image_accuracy", "accuracy", "balanced_accuracy", "clean_accuracy",
                  "calibration_error", "loss"):
@@ -544,8 +553,9 @@ def plot_history(history, output_dir):
     """Write accuracy.png, loss.png and so on, one a metric: training and validation by epoch."""
     epochs = history["epoch"]
     best = int(np.argmax(history["val_accuracy"]))
-    for name in [name for name in history if "val_" + name in history]:
-        training, validation = history[name], history["val_" + name]
+    metrics = [name for name in history if f"val_{name}" in history]
+    for name in metrics:
+        training, validation = history[name], history[f"val_{name}"]
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         axes = figure.subplots()
         axes.plot(epochs, training, "o-", color=BLUE, label="training (augmented)")
@@ -556,8 +566,8 @@ def plot_history(history, output_dir):
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend()
-        with whole_file(Path(output_dir, f"{name}.png")) as part:
-            figure.savefig(part)
+        with whole_file(Path(output_dir, f"{name}.png")) as temporary:
+            figure.savefig(temporary)
 
 
 def draw_shares(axes, shares, rows, columns):
@@ -580,8 +590,8 @@ def plot_performance(history, scores, output_dir):
     axes = figure.subplots()
     draw_shares(axes, confusion / np.maximum(labelled, 1), scores["emotions"], scores["emotions"])
     axes.set(title="Test images", xlabel="predicted", ylabel="labelled")
-    with whole_file(Path(output_dir, "confusion_matrix.png")) as part:
-        figure.savefig(part)
+    with whole_file(Path(output_dir, "confusion_matrix.png")) as temporary:
+        figure.savefig(temporary)
 
 
 @matplotlib.style.context(PLOT_STYLE)
@@ -603,8 +613,8 @@ def plot_examples(data, probabilities, output_dir):
                 axes.set_title(f"{data.emotions[predicted[i]]} {confidence[i]:.0%}", size=10)
             if correct:
                 axes_of_row[0].set_ylabel(data.emotions[label])
-    with whole_file(Path(output_dir, "examples.png")) as part:
-        figure.savefig(part)
+    with whole_file(Path(output_dir, "examples.png")) as temporary:
+        figure.savefig(temporary)
 
 
 def receptive_field(model, layer):
@@ -638,7 +648,7 @@ def plot_filters(model, data, output_dir):
     the second convolution that best tells the test images of the emotion from the others, and the
     images that excite it most; framed is what it sees of them.
     """
-    first, second = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
+    first, second = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)][:2]
     kernels = np.asarray(first.kernel)[:, :, 0].transpose(2, 0, 1)
     rows = math.ceil(len(kernels) / 16)
     present = np.unique(data.test.labels)
@@ -672,16 +682,16 @@ def plot_filters(model, data, output_dir):
             (top, left), (bottom, right) = np.clip((place, place + size), 0, SIZE) - 0.5
             axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False,
                                      color=SKY_BLUE, linewidth=2, clip_on=False))
-    with whole_file(Path(output_dir, "filters.png")) as part:
-        figure.savefig(part)
+    with whole_file(Path(output_dir, "filters.png")) as temporary:
+        figure.savefig(temporary)
 
 
 # --- Prediction -----------------------------------------------------------------------------------
 def save_network(model, emotions, path):
     """Save a network, and in the same file the names of its emotions."""
-    with whole_file(path) as part:
-        model.save(part)
-        with zipfile.ZipFile(part, "a") as file:  # Keras passes over members that it does not know
+    with whole_file(path) as temporary:
+        model.save(temporary)
+        with zipfile.ZipFile(temporary, "a") as file:  # Keras passes over what it does not know
             file.writestr("emotions.json", json.dumps(emotions))
 
 
@@ -694,23 +704,44 @@ def load_network(path):
         if model.input_shape[1:] != (SIZE, SIZE, 1) or model.output_shape[1:] != (len(emotions),):
             raise ValueError("other images or emotions")
     except Exception as error:  # of zipfile, JSON, h5py or Keras, which tells the cause last
-        reason = str(error).strip().splitlines()[-1:]
+        reason = str(error).strip().rpartition("\n")[2]
         raise InputError(
             f"{path} is not a network of this script, damaged, or of another version of Keras than "
-            f"{keras.__version__} ({' '.join(reason)}): train one, or name another folder with "
+            f"{keras.__version__} ({reason}): train one, or name another folder with "
             "--output-dir") from error
     return model, emotions
+
+
+def strongest_boxes(boxes, threshold, **_):
+    """Return MTCNN's boxes (n x 6: image, left, top, right, bottom, score) by falling score.
+
+    Of those that overlap by more than `threshold` of their union, only the strongest stays.
+    """
+    return boxes[tf.image.non_max_suppression(boxes[:, 1:5], boxes[:, 5], len(boxes), threshold)]
+
+
+def in_parts(network, images):
+    """Return the outputs of a network, computed for 64 images at a time."""
+    starts = range(0, max(len(images), 1), 64)  # of no images, one empty part
+    parts = [network(images[i:i + 64]) for i in starts]
+    return [tf.concat(output, axis=0) for output in zip(*parts)]
 
 
 @functools.cache
 def face_detector():
     """Return the face detector MTCNN: Zhang et al. (2016), arXiv:1604.02878."""
-    from mtcnn import MTCNN  # here: training does without it
+    from mtcnn import MTCNN, stages  # here: training does without it
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float32")  # it fails in any other
     with contextlib.redirect_stderr(None):  # Python 3.13 tells how it closes the weights' files
         detector = MTCNN()
     keras.config.set_dtype_policy(policy)
+    # Of a crowd, it would compare all of 5,000 boxes in pairs and pass all crops through a network
+    # at once: that takes gigabytes.
+    for module in stages.stage_pnet, stages.stage_rnet:
+        module.smart_nms_from_bboxes = strongest_boxes
+    for stage in detector.stages[1:]:
+        stage.model.call = functools.partial(in_parts, stage.model.call)
     return detector
 
 
@@ -791,11 +822,11 @@ def occlusion_map(model, face, label):
     for image, (top, left) in zip(covered, corners):  # the last remains as it is
         image[top:top + 8, left:left + 8] = face.mean()
     probabilities = model.predict_on_batch(covered)[:, label]
-    falls, squares = np.zeros((SIZE, SIZE)), np.zeros((SIZE, SIZE))
+    falls, covers = np.zeros((SIZE, SIZE)), np.zeros((SIZE, SIZE))
     for fall, (top, left) in zip(probabilities[-1] - probabilities, corners):
         falls[top:top + 8, left:left + 8] += fall
-        squares[top:top + 8, left:left + 8] += 1
-    return falls / squares
+        covers[top:top + 8, left:left + 8] += 1
+    return falls / np.maximum(covers, 1)
 
 
 @matplotlib.style.context(PLOT_STYLE)
@@ -816,7 +847,8 @@ def draw_photo(photo, faces, model, path):
     scene.imshow(photo.reduce(math.ceil(max(photo.size) / 1280)), extent=(0, width, height, 0))
     scene.set_axis_off()
     scene.autoscale(False)
-    if len(faces) > len(shown):
+    is_crowd = len(faces) > len(shown)
+    if is_crowd:
         scene.set_title(f"{len(faces)} faces, the first {len(shown)} of them below", size=13)
     for face in faces:
         left, top, right, bottom = face["box"]
@@ -824,8 +856,8 @@ def draw_photo(photo, faces, model, path):
             scene.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False,
                                       color=SKY_BLUE, linewidth=2))
             scene.text(max(left, 0), max(top, 0), f"{face['face']} {face['emotion']}", va="bottom",
-                       size=11 if len(faces) <= len(shown) else 5,
-                       bbox={"color": SKY_BLUE, "pad": 1 if len(faces) > len(shown) else 4})
+                       size=5 if is_crowd else 11,
+                       bbox={"color": SKY_BLUE, "pad": 1 if is_crowd else 4})
     pixels = np.asarray(photo)
     # From invisible to four fifths opaque.
     heat = LinearSegmentedColormap.from_list("heat", [VERMILION + "00", VERMILION + "D0"])
@@ -844,14 +876,13 @@ def draw_photo(photo, faces, model, path):
             marked.set_title("speaks for it", size=11)
     table = figure.add_subplot(grid[1:, 2])
     shares = np.array([list(face["probabilities"].values()) for face in shown])
-    draw_shares(table, shares, [""] * len(shown), faces[0]["probabilities"])
-    table.set_yticks([])
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=100)
+    draw_shares(table, shares, [], faces[0]["probabilities"])
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=100)
 
 
 def find_photos(paths):
-    """Return the photos named, and those in folders named, but for the pictures drawn of photos."""
+    """Return the photos in `paths` and in the folders there, without those that were drawn."""
     photos = []
     for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
         found = find_images(path) if path.is_dir() else [path]
@@ -903,8 +934,8 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
 
 # --- Drawn faces ----------------------------------------------------------------------------------
 # After the action units of Ekman and Friesen's Facial Action Coding System: how far the inner and
-# the outer brow are up, the eyes open (in half faces), the corners of the mouth up, the mouth open,
-# and its width (in half faces).
+# the outer brow are up, half the height of an eye, how far the corners of the mouth are up and the
+# mouth is open (in parts of its width), and half its width; brows, eye and width in half faces.
 EXPRESSIONS = {
     "angry":    (-0.16,  0.06, 0.07, -0.35, 0.10, 0.39),
     "disgust":  (-0.08, -0.02, 0.04, -0.20, 0.35, 0.34),
@@ -933,8 +964,8 @@ def draw_face(emotion, rng):
 
     draw.ellipse(place((-1, -1), (1, 1)), skin)
     for side in (-0.42, 0.42):
-        for width, height, shade in (0.2, eye, min(255, skin * 5 // 4)), (0.09, eye, dark // 2):
-            draw.ellipse(place((side - width, -0.16 - height), (side + width, -0.16 + height)),
+        for width, shade in (0.2, min(255, skin * 5 // 4)), (0.09, dark // 2):  # white, iris
+            draw.ellipse(place((side - width, -0.16 - eye), (side + width, -0.16 + eye)),
                          shade, outline=dark, width=3)
         draw.line(place((0.43 * side, -0.36 - inner), (1.62 * side, -0.36 - outer)), dark, width=7)
     if emotion == "disgust":  # wrinkles
@@ -1011,7 +1042,8 @@ def parse_command_line(arguments):
     training.add_argument("--seed", type=between(int, 0, 2**31 - 1), default=0, metavar="N",
                           help="seed of all random numbers (default: %(default)s)")
     training.add_argument("--resume", action="store_true",
-                          help="go on with the interrupted run in --output-dir")
+                          help="go on with the run in --output-dir that was interrupted, and does "
+                          "not run any more")
     prediction = parser.add_argument_group("prediction with the trained network")
     prediction.add_argument("--predict", nargs="+", action="extend", metavar="PHOTO",
                             help="classify the faces in photos, or folders of photos")
@@ -1037,11 +1069,14 @@ def parse_command_line(arguments):
 
 def save_results(output_dir, model, settings, data, history, scores, processor, seconds):
     """Write history.csv, and metrics.json with all that it takes to repeat the run."""
-    with whole_file(output_dir / "history.csv") as part, open(part, "w", newline="") as file:
-        csv.writer(file).writerows([history, *zip(*history.values())])  # names; a row per epoch
+    rows = [history, *zip(*history.values())]  # the names; a row per epoch
+    with whole_file(output_dir / "history.csv") as temporary:
+        with open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
     best = int(np.argmax(history["val_accuracy"]))
     megabytes = round((output_dir / NETWORK).stat().st_size / 1e6, 1)
     metrics = {
+        # Without the path, which is the user's own.
         "settings": {name: value for name, value in settings.items() if name != "data_dir"},
         "images": {part: len(getattr(data, part).images)
                    for part in ("training", "validation", "test")},
@@ -1055,8 +1090,8 @@ def save_results(output_dir, model, settings, data, history, scores, processor, 
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
                      "keras": keras.__version__},
     }
-    with whole_file(output_dir / "metrics.json") as part:
-        part.write_text(json.dumps(metrics, indent=2) + "\n")
+    with whole_file(output_dir / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 if __name__ == "__main__":
@@ -1065,15 +1100,17 @@ if __name__ == "__main__":
     output_dir = Path(options.output_dir)
     checkpoint = output_dir / "unfinished" / CHECKPOINT
 
-    in_the_way = InputError(f"{checkpoint.parent} holds an unfinished run: go on with it with "
-                            "--resume, delete it, or name another --output-dir")
+    in_the_way = InputError(f"{checkpoint.parent} exists: if its run was interrupted, go on with "
+                            "--resume or delete the folder; if it still runs, name another "
+                            "--output-dir")
     is_running = False  # whether the unfinished run is this one
 
     def complain(message):
         print(message, file=sys.stderr)
-        if is_running:
+        if is_running and not checkpoint.exists():  # there is nothing to go on with
             with contextlib.suppress(OSError):
-                checkpoint.parent.rmdir()  # if it is empty: without a checkpoint, nothing is kept
+                checkpoint.with_name(f".{CHECKPOINT}").unlink(missing_ok=True)  # half written
+                checkpoint.parent.rmdir()
 
     def way_on():
         return "; --resume goes on" if is_running and checkpoint.exists() else ""
@@ -1087,7 +1124,8 @@ if __name__ == "__main__":
     if IS_PROGRAM:
         warnings.simplefilter("ignore")
         # Each line comes out at once, and characters that a terminal lacks as their numbers.
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        if hasattr(sys.stdout, "reconfigure"):  # IDLE's does not need it
+            sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: in the background
             signal.signal(signal.SIGINT, end_at_once)
     try:
@@ -1119,13 +1157,13 @@ if __name__ == "__main__":
             if settings["demo"]:
                 draw_faces(faces, settings["seed"])
             data = load_data(settings["data_dir"] or faces)
+        model = create_CNN(len(data.emotions), dropout=min(settings["epochs"] / 88, 1))
         if not options.resume:
             try:
                 checkpoint.parent.mkdir(parents=True)  # the folder is the lock
             except FileExistsError:
                 raise in_the_way from None
             is_running = True
-        model = create_CNN(len(data.emotions), dropout=min(settings["epochs"] / 88, 1))
         history = train_model(model, data, settings["epochs"], settings["batch_size"],
                               settings["learning_rate"], settings["seed"], checkpoint, settings)
         save_network(model, data.emotions, output_dir / NETWORK)

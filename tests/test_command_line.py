@@ -43,6 +43,9 @@ BAD_INPUTS = {
                       ["data/train/sad", "holds no images", ".jpg"]),
     "emotion too many": ([], lambda data: (data / "train/contempt").mkdir(),
                          ["data/test/contempt", "missing", "the same folders"]),
+    "emotion of no characters": ([], lambda data: [
+        (data / part / "sad").rename(data / part / os.fsdecode(b"tr\xfcb"))
+        for part in ("train", "test")], ["data/train", "cannot be printed", r"tr\udcfcb"]),
     "one emotion": ([], lambda data: [shutil.rmtree(folder) for folder in data.glob("*/[!a]*")],
                     ["data/train", "two or more emotions"]),
     "nothing to hold out": ([], lambda data: [

@@ -99,7 +99,7 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(t
     assert (np.delete(images, 1, axis=0) == 90).all()
     output, errors = capfd.readouterr()
     assert output == "" and errors == (
-        f"{tmp_path / 'train/happy'}: 3 files passed over, no images by their endings "
+        f"{tmp_path / 'train/happy'}: 3 of 4 files passed over, no images by their endings "
         "(.db, .txt)\n")
 
 
