@@ -67,6 +67,9 @@ BAD_INPUTS = {
                          lambda data: (data / "readme.txt").write_text("x"), ["readme.txt"]),
     "output below a file": (["--output-dir", "data/readme.txt/output"],
                             lambda data: (data / "readme.txt").write_text("x"), ["readme.txt"]),
+    "pictures below a file": (
+        ["--predict", "data/train/sad/Training_0.png", "--output-dir", "data/readme.txt"],
+        lambda data: (data / "readme.txt").write_text("x"), ["data/readme.txt/predictions"]),
     "photo missing": (["--predict", "gone.jpg", "--output-dir", "made"], None, ["gone.jpg"]),
     "network damaged": (["--predict", "x.png"], lambda data: (data.parent / NETWORK).write_text(
         "no network"), [NETWORK, "train one", "--output-dir"]),

@@ -88,6 +88,7 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(t
     Image.new("P", (20, 20), 0).save(tmp_path / "train/angry/photo.GIF")
     for name in ".DS_Store", "Thumbs.db", "._Training_0.png", "notes.txt", "more.txt":
         (tmp_path / "train/happy" / name).write_text("no image")
+    shutil.copy(tmp_path / "train/sad/Training_0.png", tmp_path / "train/loose.png")
     for hidden in ".ipynb_checkpoints", "sad/.thumbnails":
         (tmp_path / "train" / hidden).mkdir()
         (tmp_path / "train" / hidden / "hidden.png").write_text("no image")

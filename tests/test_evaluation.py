@@ -414,6 +414,7 @@ def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
     precision = metrics["settings"].pop("precision")
     assert metrics["settings"] == {"demo": True, "epochs": 4, "batch_size": 128,
                                    "learning_rate": 0.006, "seed": 0}  # and no path of the user's
+    assert (metrics["processor"], precision) == script.find_hardware()  # the fastest here
     assert process.stdout.startswith(f"{metrics['processor']}, {precision}\n")
     assert metrics["seconds"] > sum(float(row["seconds"]) for row in csv.DictReader(
         (folder / "output/history.csv").read_text().splitlines()))

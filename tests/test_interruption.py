@@ -101,7 +101,7 @@ def test_of_two_runs_started_at_once_in_a_folder_one_goes_on(small_dataset, whol
         (process.returncode, errors) for process, (_, errors) in zip(processes, ends))
     assert (status, errors, other_status) == (0, "", 2), other_errors
     assert other_errors.startswith("error: ") and other_errors.count("\n") == 1
-    assert "output/unfinished" in other_errors
+    assert "output/unfinished" in other_errors and "another --output-dir" in other_errors
     assert_same_run(tmp_path, whole_run)
     assert names(tmp_path / "output") == OUTPUTS
 

@@ -268,6 +268,7 @@ def test_a_folder_is_searched_for_all_that_pillow_opens(untrained, tmp_path, cap
     pillow_heif.from_pillow(Image.new("RGB", (64, 64), "grey")).save(album / "h.heic")
     for no_photo in "clip.mp4", "notes.txt", "deep/more.txt":
         (album / no_photo).write_text("no photo")
+    (album / "deep/back").symlink_to(album)  # in a circle
     (album / ".hidden").mkdir()
     for hidden in ".hidden/face.png", "._b.jpg":
         sad_face(album / hidden)

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import (
-    EMOTIONS, OUTPUTS, ROOT, RUN, SCRIPT, assert_same_run, make_dataset, script, start,
-    wait_for_checkpoint)
+    EMOTIONS, OUTPUTS, ROOT, RUN, SCRIPT, assert_same_run, kept_history, make_dataset, script,
+    start, wait_for_checkpoint)
 
 
 @pytest.fixture
@@ -69,6 +69,25 @@ def test_output_cut_short_ends_the_script_without_a_word(odd_settings, tmp_path)
     assert process.stderr.startswith("no network in output yet") and (
         process.stderr.count("\n") == 1)
     assert (tmp_path / "status").read_text() == "141\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a signal")
+def test_training_whose_reader_has_gone_ends_and_keeps_its_epochs(small_dataset, tmp_path):
+    """`script | tee log`, and tee is stopped."""
+    process = start("--data-dir", small_dataset, *RUN, "--epochs", 50, cwd=tmp_path)
+    wait_for_checkpoint(process, tmp_path, 1)
+    process.stdout.close()
+    assert (process.wait(timeout=60), process.stderr.read()) == (141, "")
+    assert 1 <= len(kept_history(tmp_path / "output")["epoch"]) < 50
+
+
+def test_an_import_that_fails_is_told(tmp_path, monkeypatch):
+    """While TensorFlow is imported, stderr leads nowhere."""
+    (tmp_path / "keras.py").write_text("raise ImportError('no such processor')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start("--demo", cwd=tmp_path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.endswith("ImportError: no such processor\n")
 
 
 def test_run_in_a_notebook_leaves_its_settings_alone(tmp_path, monkeypatch, capfd):
