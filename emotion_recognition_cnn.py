@@ -36,6 +36,8 @@ from typing import NamedTuple
 IS_PROGRAM = __name__ == "__main__" and "IPython" not in sys.modules
 if IS_PROGRAM:
     os.environ["MPLBACKEND"] = "agg"  # Jupyter names its own to all programs that it starts
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without traceback
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # without AVX-512, TensorFlow leaves it off
@@ -171,9 +173,16 @@ def open_image(photo):
             image = Image.fromarray(photo)
         else:
             image = photo if isinstance(photo, Image.Image) else Image.open(photo)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("it has more than 8 bits a channel: convert it")
+        image.load()
+        with contextlib.suppress(Exception):  # where only the Exif data are damaged
+            image = ImageOps.exif_transpose(image)
+        return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds on a broken file
-        raise InputError(f"{photo} cannot be read as an image: {error}") from error
+        name = photo if isinstance(photo, (str, Path)) else f"this {type(photo).__name__}"
+        reason = " ".join(str(error).split())  # in one line
+        raise InputError(f"{name} cannot be read as an image: {reason}") from error
 
 
 def face_pixels(face):
@@ -1054,6 +1063,8 @@ def parse_command_line(arguments):
     parser.add_argument("--output-dir", default="output", metavar="DIR",
                         help="where all results are (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if "" in arguments:  # a variable of the shell that is not set, say
+        parser.error("an argument is empty")
     # The names of the options given: --name value or --name=value.
     given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
     if options.predict:
@@ -1126,7 +1137,7 @@ if __name__ == "__main__":
         # Each line comes out at once, and characters that a terminal lacks as their numbers.
         if hasattr(sys.stdout, "reconfigure"):  # IDLE's does not need it
             sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: in the background
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, end_at_once)
     try:
         if options.predict:

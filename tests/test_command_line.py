@@ -94,6 +94,7 @@ BAD_OPTIONS = {
     "unknown option": (["--epoch", 3], ["--epoch"]),
     "demo and data": (["--demo", "--data-dir", "data"], ["--demo", "--data-dir"]),
     "predict nothing": (["--predict"], ["--predict"]),
+    "predict a name that is empty": (["--predict", ""], ["empty"]),
     "predict and train": (["--predict", "x.png", "--epochs", 3, "--seed=0"],
                           ["--epochs, --seed"]),
     "predict and demo": (["--predict", "x.png", "--demo"], ["--demo"]),

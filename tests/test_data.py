@@ -168,15 +168,17 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
     for name, contents in {
             "CMYK.jpg": encode(grey.convert("CMYK"), "JPEG", quality=100),
             "nothing is transparent.png": encode(grey.convert("LA"), "PNG"),
-            "malformed Exif.jpg": encode(grey, "JPEG", exif=b"Exif\0\0no TIFF header"),
+            **{f"malformed Exif.{kind}": encode(grey, kind, exif=b"Exif\0\0no TIFF header")
+               for kind in ("JPEG", "PNG", "WebP")},
             "the first frame of an animation.gif": encode(grey, "GIF", **animation)}.items():
         (tmp_path / "train/sad" / name).write_bytes(contents)
-        pixels = script.face_pixels(script.open_image(tmp_path / "train/sad" / name))
+        image = script.open_image(tmp_path / "train/sad" / name)
+        pixels = script.face_pixels(script.open_image(image))  # as classify_photo takes it
         assert pixels.shape == (48, 48) and pixels.dtype == "uint8", name
         assert np.abs(pixels.astype(int) - 90).max() <= 2, name
-    assert len(script.load_data(tmp_path).training.labels) == 11
+    assert len(script.load_data(tmp_path).training.labels) == 13
     output, errors = capfd.readouterr()
-    assert "11 training, 7 validation and 7 test images" in output and errors == ""
+    assert "13 training, 7 validation and 7 test images" in output and errors == ""
 
 
 @pytest.mark.parametrize("damage", [
@@ -186,6 +188,15 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, damage):
     (tmp_path / "face.png").write_bytes(damage(encode(face, "PNG")))
     with pytest.raises(script.InputError, match=f"^{tmp_path}/face.png cannot be read as an image"):
         script.open_image(tmp_path / "face.png")
+
+
+def test_more_than_8_bits_are_refused_and_not_taken_for_white(tmp_path):
+    deep = np.full((60, 60), 30000, "uint16")
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for photo, name in (tmp_path / "deep.png", tmp_path / "deep.png"), (deep, "this ndarray"), (
+            np.ones((60, 60), "float32"), "this ndarray"):
+        with pytest.raises(script.InputError, match=f"^{name} cannot be read .* 8 bits a channel"):
+            script.open_image(photo)
 
 
 # How a camera that was turned has stored what was upright: of Exif's orientations, the values.

@@ -198,6 +198,8 @@ def test_what_is_no_photo_is_told_from_python(network, tmp_path):
     for photo in tmp_path / "gone.png", tmp_path / "x.png":
         with pytest.raises(script.InputError, match=f"^{photo} cannot be read"):
             script.classify_photo(photo, *network)
+    with pytest.raises(script.InputError, match="^this ndarray cannot be read .*f4$"):
+        script.classify_photo(np.ones((300, 300, 3), "float32"), *network)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])

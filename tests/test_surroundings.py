@@ -81,6 +81,17 @@ def test_training_whose_reader_has_gone_ends_and_keeps_its_epochs(small_dataset,
     assert 1 <= len(kept_history(tmp_path / "output")["epoch"]) < 50
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a signal")
+def test_ctrl_c_while_tensorflow_is_imported_prints_no_traceback(tmp_path, monkeypatch):
+    (tmp_path / "keras.py").write_text("print('importing', flush=True)\nwhile True: pass")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start("--demo", cwd=tmp_path, at_ctrl_c=signal.SIG_DFL)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
+
+
 def test_an_import_that_fails_is_told(tmp_path, monkeypatch):
     """While TensorFlow is imported, stderr leads nowhere."""
     (tmp_path / "keras.py").write_text("raise ImportError('no such processor')")
