@@ -1116,20 +1116,19 @@ if __name__ == "__main__":
                             "--output-dir")
     is_running = False  # whether the unfinished run is this one
 
-    def complain(message):
-        print(message, file=sys.stderr)
-        if is_running and not checkpoint.exists():  # there is nothing to go on with
+    def tell_end(reason):
+        if is_running and checkpoint.exists():
+            reason += "; --resume goes on"
+        elif is_running:  # there is nothing to go on with, and an empty folder would bar a new run
             with contextlib.suppress(OSError):
                 checkpoint.with_name(f".{CHECKPOINT}").unlink(missing_ok=True)  # half written
                 checkpoint.parent.rmdir()
-
-    def way_on():
-        return "; --resume goes on" if is_running and checkpoint.exists() else ""
+        print(reason, file=sys.stderr)
 
     def end_at_once(number, frame):  # KeyboardInterrupt may come out of TensorFlow as another error
         if sys.stderr.isatty():
             print(file=sys.stderr)  # ends the line of the progress bar
-        complain(f"interrupted{way_on()}")
+        tell_end("interrupted")
         os._exit(130)  # as shells do
 
     if IS_PROGRAM:
@@ -1189,8 +1188,8 @@ if __name__ == "__main__":
     except BrokenPipeError:  # what read the output has ended: `head`, say
         os._exit(141)  # as shells do
     except InputError as error:
-        complain(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # the disk is full, say
-        complain(f"error: {error.filename or output_dir}: {error.strerror or error}{way_on()}")
+        tell_end(f"error: {error.filename or output_dir}: {error.strerror or error}")
         sys.exit(2)
