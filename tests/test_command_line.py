@@ -216,7 +216,7 @@ def test_readme_gives_the_figures_of_the_runs():
         [sys.executable, ROOT / "tests/measure/budgets.py", *(ROOT / "docs/runs").iterdir()],
         capture_output=True, text=True, check=True).stdout
     assert table in readme
-    metrics = json.loads((ROOT / "docs/runs/44-0/metrics.json").read_text())
+    metrics = json.loads((ROOT / "docs/runs/44-0-bfloat16/metrics.json").read_text())
     test = metrics["test"]
     results = (ROOT / "docs/RESULTS.md").read_text()
     for figure in (test["accuracy"], test["clean_accuracy"], test["balanced_accuracy"],
