@@ -69,7 +69,7 @@ def draw_curve(axes, points, processor, form, color, offset):
     minutes, accuracy, spread, budgets = zip(*points)
     axes.errorbar(minutes, accuracy, spread, fmt=form, color=color, capsize=5, label=processor)
     for x, y, epochs in zip(minutes, accuracy, budgets):
-        axes.annotate(f"{epochs} epochs", (x, y), offset, textcoords="offset points")
+        axes.annotate(epochs, (x, y), offset, textcoords="offset points", color=color)
 
 
 def draw_picture(budgets, path):
@@ -80,12 +80,12 @@ def draw_picture(budgets, path):
         curves.setdefault(processor, []).append((least_minutes(runs), mean, spread, epochs))
     plt.rcParams.update({"font.size": 15, "figure.dpi": 150, "lines.linewidth": 2.5})
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    styles = itertools.cycle([("o-", "#0072B2", (14, -20)), ("s-", "#D55E00", (14, -20)),
-                              ("D-", "#009E73", (14, -10)), ("^-", "#CC79A7", (-120, 5))])
+    styles = itertools.cycle([("o-", "#0072B2", (9, -16)), ("s-", "#D55E00", (9, -16)),
+                              ("D-", "#009E73", (9, 2)), ("^-", "#CC79A7", (-36, 4))])
     for style, (processor, points) in zip(styles, sorted(curves.items())):
         draw_curve(axes, points, processor, *style)
-    axes.legend(loc="upper left")
-    axes.set(title="Accuracy on PrivateTest against time", ylabel="accuracy (%)",
+    axes.legend(loc="lower right")
+    axes.set(title="Accuracy on PrivateTest against time; numbers: epochs", ylabel="accuracy (%)",
              xlabel="minutes of the run (logarithmic)", xscale="log")
     ticks = (1, 2, 5, 10, 20, 30, 60, 120, 240)
     axes.set_xticks(ticks, map(str, ticks))
