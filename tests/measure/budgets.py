@@ -80,7 +80,7 @@ def draw_picture(budgets, path):
         curves.setdefault(processor, []).append((least_minutes(runs), mean, spread, epochs))
     plt.rcParams.update({"font.size": 15, "figure.dpi": 150, "lines.linewidth": 2.5})
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    styles = itertools.cycle([("o-", "#0072B2", (9, -16)), ("s-", "#D55E00", (9, -16)),
+    styles = itertools.cycle([("o-", "#0072B2", (9, -16)), ("s-", "#D55E00", (-32, -22)),
                               ("D-", "#009E73", (9, 2)), ("^-", "#CC79A7", (-36, 4))])
     for style, (processor, points) in zip(styles, sorted(curves.items())):
         draw_curve(axes, points, processor, *style)
@@ -90,7 +90,7 @@ def draw_picture(budgets, path):
     ticks = (1, 2, 5, 10, 20, 30, 60, 120, 240)
     axes.set_xticks(ticks, map(str, ticks))
     all_minutes = [least_minutes(runs) for runs in budgets.values()]
-    axes.set_xlim(min(all_minutes) / 2, max(all_minutes) * 2)
+    axes.set_xlim(min(all_minutes) / 1.3, max(all_minutes) * 1.3)
     axes.minorticks_off()
     axes.margins(y=0.4)
     axes.grid(alpha=0.3)
