@@ -226,7 +226,7 @@ def load_data(data_dir):
     validation the PublicTest and test the PrivateTest images of test/.  Where file names do not
     tell these apart, every tenth image of each emotion in train/ is held out for validation and all
     of test/ is the test set.  Returns Data; raises InputError as `find_emotions` and `read_images`
-    do, and where AUGMENTATION asks for what is not affine.
+    do, where an emotion's name cannot be printed, and where AUGMENTATION is not affine.
     """
     not_affine = sorted(set(AUGMENTATION) - AFFINE)
     if not_affine:

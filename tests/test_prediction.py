@@ -459,7 +459,7 @@ def test_of_a_crowd_all_faces_are_framed_and_printed_and_twenty_are_told_in_rows
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="memory is measured by Unix")
 def test_a_crowd_takes_little_memory(astronaut, tmp_path):
-    """Of 256 faces: compared in pairs, what might be a face took 2.4 GB."""
+    """Of 256 faces: compared in pairs, what might be a face took 2.2 GB."""
     face = astronaut.crop((150, 30, 300, 180)).resize((80, 80))
     crowd = Image.new("RGB", (1280, 1280))
     for number in range(256):
