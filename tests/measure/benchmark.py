@@ -18,8 +18,9 @@ machine is as noisy for all.  All have the script's network, batch size and opti
   PyTorch augmented  as tuned, the images augmented by the same ImageDataGenerator in two processes
                      of PyTorch's DataLoader: what script is, in PyTorch
 
-PyTorch takes part where it is installed (pip install torch).  Its contenders stand in
-benchmark_pytorch.py.
+PyTorch takes part where its build for processors is installed (pip install torch --index-url
+https://download.pytorch.org/whl/cpu): the Triton of other builds crashes beside TensorFlow.  Its
+contenders stand in benchmark_pytorch.py.
 """
 
 import argparse
@@ -112,7 +113,8 @@ def start_contender(name, data_dir, precision, seconds):
         [sys.executable, __file__, "--contender", name, "--data-dir", data_dir,
          "--precision", precision, "--seconds", str(seconds)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
+    if not process.stdout.readline():
+        sys.exit(f"error: {name} failed to start, with status {process.wait()}")
     return process
 
 

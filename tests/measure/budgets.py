@@ -80,11 +80,11 @@ def draw_picture(budgets, path):
         curves.setdefault(processor, []).append((least_minutes(runs), mean, spread, epochs))
     plt.rcParams.update({"font.size": 15, "figure.dpi": 150, "lines.linewidth": 2.5})
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    styles = itertools.cycle([("o-", "#0072B2", (9, -16)), ("s-", "#D55E00", (-32, -22)),
+    styles = itertools.cycle([("o-", "#0072B2", (9, -16)), ("s-", "#D55E00", (8, -24)),
                               ("D-", "#009E73", (9, 2)), ("^-", "#CC79A7", (-36, 4))])
     for style, (processor, points) in zip(styles, sorted(curves.items())):
         draw_curve(axes, points, processor, *style)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     axes.set(title="Accuracy on PrivateTest against time; numbers: epochs", ylabel="accuracy (%)",
              xlabel="minutes of the run (logarithmic)", xscale="log")
     ticks = (1, 2, 5, 10, 20, 30, 60, 120, 240)
@@ -92,7 +92,7 @@ def draw_picture(budgets, path):
     all_minutes = [least_minutes(runs) for runs in budgets.values()]
     axes.set_xlim(min(all_minutes) / 1.3, max(all_minutes) * 1.3)
     axes.minorticks_off()
-    axes.margins(y=0.4)
+    axes.margins(y=0.2)
     axes.grid(alpha=0.3)
     figure.savefig(path)
 
