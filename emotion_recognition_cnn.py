@@ -16,15 +16,18 @@ import argparse
 import contextlib
 import csv
 import functools
+import glob
 import hashlib
+import importlib
+import itertools
 import json
 import math
 import os
 import platform
-import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -39,8 +42,11 @@ if IS_PROGRAM:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: in the background
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without traceback
 os.environ["KERAS_BACKEND"] = "tensorflow"
+# Without oneDNN, bfloat16 is up to 60 times slower, and TensorFlow's own messages suggest 0.
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # without AVX-512, TensorFlow leaves it off
+# By default, TensorFlow takes all the memory of a GPU, which other notebooks may use as well.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 # TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL: stderr leads nowhere meanwhile.
 stderr_copy = os.dup(2)
@@ -55,7 +61,6 @@ try:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-    from pi_heif import register_heif_opener
     from PIL import Image, ImageDraw, ImageOps
     from tensorflow.keras.preprocessing.image import ImageDataGenerator
 finally:
@@ -69,11 +74,13 @@ keras.config.set_floatx("float32")
 keras.config.set_epsilon(1e-7)
 
 SIZE = 48  # pixels: height and width of the images of FER-2013
+LARGEST_CROP = 64  # pixels: images of up to this size are faces, cut out already
+PIXELS_TO_SEARCH = 1280 * 960  # larger photos are scaled to this area, in which faces are searched
 # Arguments of ImageDataGenerator, for the training images alone: any of those in AFFINE.
 AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_range": 0.1,
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_range",
-          "height_shift_range", "shear_range", "zoom_range"}
+          "height_shift_range", "shear_range", "zoom_range"}  # shifts as shares of the image
 EPOCHS = 44
 BATCH_SIZE = 128
 LEARNING_RATE = 0.006
@@ -82,23 +89,29 @@ PROGRESS = 1 if sys.stdout.isatty() else 2  # `verbose` of fit(): a bar, or a li
 NETWORK = "emotion_recognition_cnn.keras"
 CHECKPOINT = "checkpoint.npz"
 
-register_heif_opener()  # .heic, as iPhones write; Pillow itself reads .jpg, .png, .webp, many more
 # Pillow recognises videos and scientific data, too, but cannot decode them.
-IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items()
-                 if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")}
+IMAGE_ENDINGS = {".heic", ".heif"} | {
+    ending for ending, kind in Image.registered_extensions().items()
+    if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")}
 # Pillow refuses more than twice this; phones take photos of 200 megapixels.
 Image.MAX_IMAGE_PIXELS = 125_000_000
 
 # From the palette of Okabe and Ito: colour-blind readers can tell these apart.
 BLUE, VERMILION, SKY_BLUE = "#0072B2", "#D55E00", "#56B4E9"
 BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes that show an image, and no scale
-# Matplotlib's own style, whatever the user's is, with these changes.
-PLOT_STYLE = ["default", {"font.size": 15, "figure.dpi": 150, "savefig.dpi": 150,
-                          "lines.linewidth": 2.5, "text.parse_math": False}]
 
 
 class InputError(Exception):
     """Something that the user can mend: one line that names it and says what to do."""
+
+
+def optional_package(name, purpose):
+    """Return a package that only a part of the script needs; InputError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"{purpose} needs the package {name} ({error}): install it with "
+                         f"pip install {name}") from error
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -125,9 +138,9 @@ def find_dataset():
     if Path("data").exists():
         return "data"
     try:
-        from kagglehub import dataset_download  # here: nothing else needs it
+        kagglehub = optional_package("kagglehub", "the download")
         # With its version, a copy in the cache is found without a network, too.
-        return dataset_download("msambare/fer2013/versions/1")
+        return kagglehub.dataset_download("msambare/fer2013/versions/1")
     except Exception as error:  # from any layer: network, HTTP status, archive, disk, cache
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
@@ -136,22 +149,39 @@ def find_dataset():
             "name its folder with --data-dir, or try drawn faces with --demo") from error
 
 
-def find_emotions(data_dir):
-    """Return the names of the folders in train/, sorted; InputError if test/ holds others."""
-    parts = data_dir / "train", data_dir / "test"
-    for part in parts:
-        if not part.is_dir():
+def find_folders(data_dir):
+    """Return the folders of training, validation (if there is one) and test images."""
+    validation = [data_dir / name for name in ("val", "valid", "validation")
+                  if (data_dir / name).is_dir()]
+    folders = data_dir / "train", *validation, data_dir / "test"
+    for folder in folders:
+        if not folder.is_dir():
             holds = sorted(path.name for path in data_dir.glob("*"))[:8]
-            raise InputError(f"{part} is missing: name the folder that holds train/ and test/, "
+            raise InputError(f"{folder} is missing: name the folder that holds train/ and test/, "
                              f"unpacked, with --data-dir; {data_dir} holds {holds}")
-    train, test = [{path.name for path in part.glob("[!.]*") if path.is_dir()} for part in parts]
-    for part, missing in (parts[0], test - train), (parts[1], train - test):
+    if len(validation) > 1:
+        raise InputError(f"{validation[0]} and {validation[1]} both exist: keep one of them")
+    return folders
+
+
+def find_emotions(folders):
+    """Return the names of the folders in each of `folders`, sorted.
+
+    Raises InputError if these are not the same in all, too few or cannot be printed.
+    """
+    names = [{path.name for path in folder.glob("[!.]*") if path.is_dir()} for folder in folders]
+    for folder, found in zip(folders, names):
+        missing = set.union(*names) - found
         if missing:
-            raise InputError(f"{part / min(missing)} is missing: train/ and test/ must hold the "
-                             "same folders, one per emotion")
-    if len(train) < 2:
-        raise InputError(f"{parts[0]} must hold a folder for each of two or more emotions")
-    return sorted(train)
+            raise InputError(f"{folder / min(missing)} is missing: "
+                             f"{' and '.join(f'{folder.name}/' for folder in folders)} must hold "
+                             "the same folders, one per emotion")
+    emotions = sorted(names[0])
+    if len(emotions) < 2:
+        raise InputError(f"{folders[0]} must hold a folder for each of two or more emotions")
+    if not "".join(emotions).isprintable():
+        raise InputError(f"{folders[0]} holds a folder whose name cannot be printed: {emotions}")
+    return emotions
 
 
 def find_images(folder):
@@ -166,13 +196,38 @@ def find_images(folder):
     return images
 
 
+def to_uint8(array):
+    """Return an image (H x W, H x W x 1 or H x W x 3; uint8, or floats from 0 to 255) as uint8."""
+    if array.shape[2:] == (1,):
+        array = array[:, :, 0]
+    has_pixels = array.ndim == 2 or array.shape[2:] == (3,)
+    highest = array.max(initial=0)  # floats of up to 1 are scaled to another range
+    if np.issubdtype(array.dtype, np.floating) and (highest == 0 or 1 < highest <= 255):
+        array = array.round().astype("uint8") if array.min(initial=0) >= 0 else array
+    if not has_pixels or array.dtype != "uint8":
+        raise ValueError("an array must be H x W, H x W x 1 or H x W x 3 (RGB), of uint8 or of "
+                         f"floats from 0 to 255; this one is {array.dtype} "
+                         f"{' x '.join(map(str, array.shape))}")
+    return array
+
+
 def open_image(photo):
-    """Return a photo (path, PIL image or array) upright and in RGB; InputError if it is not one."""
+    """Return a photo upright, as a PIL image in RGB.
+
+    Takes a path, an open file, a PIL image or an array as `to_uint8` does.  Raises InputError if it
+    is none of these or cannot be read.
+    """
     try:
         if isinstance(photo, np.ndarray):
-            image = Image.fromarray(photo)
+            image = Image.fromarray(to_uint8(photo))
+        elif isinstance(photo, Image.Image):
+            image = photo
+        elif isinstance(photo, (str, os.PathLike)) or hasattr(photo, "read"):
+            if str(photo).lower().endswith((".heic", ".heif")):  # of iPhones
+                optional_package("pi_heif", "opening it").register_heif_opener()
+            image = Image.open(photo)
         else:
-            image = photo if isinstance(photo, Image.Image) else Image.open(photo)
+            raise TypeError("it must be a path, a PIL image or an array")
         if image.mode.startswith(("I", "F")):
             raise ValueError("it has more than 8 bits a channel: convert it")
         image.load()
@@ -190,11 +245,37 @@ def face_pixels(face):
     return np.asarray(face.convert("L").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 
 
-def read_images(folder, emotions):
+def read_faces(paths, crop_faces):
+    """Read images as the network sees them: a list of arrays (uint8, 48 x 48).
+
+    With `crop_faces`, cuts out the largest face of each; None stands for an image without one.
+    """
+    def read(path):
+        photo = open_image(path)
+        boxes = find_faces(photo) if crop_faces else [(0, 0, *photo.size)]
+        largest = max(boxes, key=lambda box: box[2] - box[0], default=None)
+        face = cut_out(np.asarray(photo), largest) if largest else None
+        return face, max(photo.size) > LARGEST_CROP
+
+    faces, large = [], 0
+    progress = keras.utils.Progbar(len(paths), verbose=1 if sys.stdout.isatty() else 0)
+    with ThreadPoolExecutor(8) as threads:  # a network drive waits for each file
+        for face, is_large in threads.map(read, paths):
+            faces.append(face)
+            large += is_large
+            progress.add(1)
+    if large and not crop_faces:
+        print(f"{large:,} of {len(paths):,} images are larger than {LARGEST_CROP} pixels and are "
+              "scaled as they are: if they show more than a face, use --crop-faces")
+    return faces
+
+
+def read_images(folder, emotions, crop_faces=False):
     """Read the images in the folders of the emotions, which lie in `folder`.
 
-    Returns paths, images (uint8, n x 48 x 48 x 1) and labels (int, n).  Raises InputError where an
-    emotion has no images or an image cannot be read.
+    With `crop_faces`, cuts out the largest face of each, and skips images without one.  Returns
+    paths, images (uint8, n x 48 x 48 x 1) and labels (int, n).  Raises InputError where an emotion
+    has no images or an image cannot be read.
     """
     paths, labels = [], []
     for label, emotion in enumerate(emotions):
@@ -203,14 +284,16 @@ def read_images(folder, emotions):
             raise InputError(f"{folder / emotion} holds no images, such as .jpg or .png")
         paths += found
         labels += [label] * len(found)
-
-    images = []
-    progress = keras.utils.Progbar(len(paths), verbose=1 if sys.stdout.isatty() else 0)
-    with ThreadPoolExecutor(8) as threads:  # a network drive waits for each file
-        for image in threads.map(lambda path: face_pixels(open_image(path)), paths):
-            images.append(image)
-            progress.add(1)
-    return paths, np.stack(images)[..., np.newaxis], np.array(labels)
+    faces = read_faces(paths, crop_faces)
+    kept = [i for i, face in enumerate(faces) if face is not None]
+    if len(kept) < len(paths):
+        print(f"{folder}: skipped {len(paths) - len(kept):,} of {len(paths):,} images, in which no "
+              "face was found")
+    labels = np.array(labels)[kept]
+    without = set(range(len(emotions))) - set(labels)
+    if without:
+        raise InputError(f"{folder / emotions[min(without)]}: no face was found in any image")
+    return [paths[i] for i in kept], np.stack([faces[i] for i in kept])[..., np.newaxis], labels
 
 
 def split(part, chosen):
@@ -219,44 +302,63 @@ def split(part, chosen):
             LabelledImages(*(array[~chosen] for array in part)))
 
 
-def load_data(data_dir):
+def hold_out_validation(training, test, test_paths):
+    """Return training, validation and test images, where there is no folder for validation.
+
+    These are the PublicTest images of test/.  Where file names do not tell these, they are every
+    tenth image of each emotion in train/.
+    """
+    prefixes = np.array([path.name.partition("_")[0] for path in test_paths])
+    is_official = np.isin(prefixes, ("PublicTest", "PrivateTest"))
+    if is_official.any() and not is_official.all():
+        raise InputError(f"{test_paths[np.argmin(is_official)]}: its name is neither PublicTest_* "
+                         f"nor PrivateTest_*, unlike {is_official.sum():,} others. Rename or "
+                         "remove it")
+    if set(prefixes) == {"PublicTest", "PrivateTest"}:
+        return training, *split(test, prefixes == "PublicTest")
+    print("test/ does not tell PublicTest from PrivateTest images by name: a tenth of train/ is "
+          "held out for validation, all of test/ is the test set")
+    # Counted from 0 in each emotion; never the first, as it may be the only one.
+    number = np.concatenate([np.arange(count) for count in np.bincount(training.labels)])
+    validation, training = split(training, number % 10 == 1)
+    if not len(validation.images):
+        raise InputError("train/ holds too few images to hold some out")
+    return training, validation, test
+
+
+def check_augmentation():
+    """Raise InputError if AUGMENTATION holds what `random_transforms` does not draw."""
+    for name, value in AUGMENTATION.items():
+        if name not in AFFINE:
+            raise InputError(f"AUGMENTATION: {name} is not affine: make it a layer in create_CNN")
+        if "shift" in name and not (np.isscalar(value) and 0 <= value < 1):
+            raise InputError(f"AUGMENTATION: {name} must be a share of the image, such as 0.1")
+
+
+def load_data(data_dir, crop_faces=False):
     """Load FER-2013, or a dataset of the same layout, into memory.
 
-    The emotions are the folders of train/, as in Keras's flow_from_directory.  Training is train/,
-    validation the PublicTest and test the PrivateTest images of test/.  Where file names do not
-    tell these apart, every tenth image of each emotion in train/ is held out for validation and all
-    of test/ is the test set.  Returns Data; raises InputError as `find_emotions` and `read_images`
-    do, where an emotion's name cannot be printed, and where AUGMENTATION is not affine.
-    """
-    not_affine = sorted(set(AUGMENTATION) - AFFINE)
-    if not_affine:
-        raise InputError(f"AUGMENTATION: {', '.join(not_affine)} is not affine: make it a layer "
-                         "in create_CNN")
-    print(f"Reading {data_dir}")
-    data_dir = Path(data_dir)
-    emotions = find_emotions(data_dir)
-    if not all(name.isprintable() for name in emotions):
-        raise InputError(f"{data_dir / 'train'} holds a folder whose name cannot be printed: "
-                         f"{emotions}")
-    print(f"{len(emotions)} emotions: {', '.join(emotions)}")
-    _, images, labels = read_images(data_dir / "train", emotions)
-    training = LabelledImages(images, labels, np.ones(len(labels), bool))
-    in_train = {image.tobytes() for image in images}
+    The emotions are the folders of train/, as in Keras's flow_from_directory.  Validation is val/,
+    valid/ or validation/; without these, as `hold_out_validation` says.  With `crop_faces`, the
+    largest face of each image is cut out, as `find_faces` frames it for predictions.
 
-    paths, images, labels = read_images(data_dir / "test", emotions)
-    clean = np.array([image.tobytes() not in in_train for image in images])
-    test = LabelledImages(images, labels, clean)
-    prefixes = np.array([path.name.partition("_")[0] for path in paths])
-    if set(prefixes) == {"PublicTest", "PrivateTest"}:
-        validation, test = split(test, prefixes == "PublicTest")
-    else:
-        print("test/ does not tell PublicTest from PrivateTest images by name: a tenth of train/ "
-              "is held out for validation, all of test/ is the test set")
-        # Counted from 0 in each emotion; never the first, as it may be the only one.
-        number = np.concatenate([np.arange(count) for count in np.bincount(training.labels)])
-        validation, training = split(training, number % 10 == 1)
-        if not len(validation.images):
-            raise InputError(f"{data_dir / 'train'} holds too few images to hold some out")
+    Returns Data.  Raises InputError as `find_folders`, `find_emotions`, `read_images` and
+    `hold_out_validation` do, and where AUGMENTATION is not affine.
+    """
+    check_augmentation()
+    folders = find_folders(Path(data_dir))
+    print(f"Reading {data_dir}: {', '.join(folder.name for folder in folders)}")
+    emotions = find_emotions(folders)
+    print(f"{len(emotions)} emotions: {', '.join(emotions)}")
+    parts, in_train = [], set()
+    for folder in folders:
+        paths, images, labels = read_images(folder, emotions, crop_faces)
+        clean = np.array([image.tobytes() not in in_train for image in images])
+        in_train = in_train or {image.tobytes() for image in images}  # of the first folder
+        parts.append(LabelledImages(images, labels, clean))
+    if len(parts) == 2:
+        parts = hold_out_validation(*parts, paths)
+    training, validation, test = parts
     print(f"{len(training.images):,} training, {len(validation.images):,} validation and "
           f"{len(test.images):,} test images; {np.sum(~test.clean):,} of the test images also "
           "stand in train/")
@@ -264,13 +366,12 @@ def load_data(data_dir):
 
 
 # --- Network --------------------------------------------------------------------------------------
-def create_CNN(classes, dropout=EPOCHS / 88):
-    """Return the network, not yet compiled.
+def create_CNN(classes, epochs=EPOCHS):
+    """Return the network, not yet compiled, for a training of so many epochs.
 
-    It takes images (n x 48 x 48 x 1, pixels 0-255) and gives probabilities (n x classes).  The
-    rates of both dropout layers are multiplied by `dropout`, from 0 to 1.  The shorter a run, the
-    less it overfits: epochs / 88, at most 1, suits it.
+    It takes images (n x 48 x 48 x 1, pixels 0-255) and gives probabilities (n x classes).
     """
+    dropout = min(epochs / 88, 1)  # the shorter a run, the less it overfits
     return keras.Sequential([
         keras.Input((SIZE, SIZE, 1)),
         # Each image to mean 0 and variance 1: light and contrast of the photo cancel out.
@@ -295,26 +396,46 @@ def create_CNN(classes, dropout=EPOCHS / 88):
 
 
 # --- Training -------------------------------------------------------------------------------------
-def affine_matrices(transforms):
+def random_transforms(generator, count, random):
+    """Draw the transforms of `count` images at once, as an ImageDataGenerator draws each.
+
+    Returns arguments of `affine_matrices`: a dict of arrays (count).  The numbers are those of
+    `generator.get_random_transform`, which draws from NumPy's global state instead of `random` (a
+    RandomState), and takes half a second for FER-2013.
+    """
+    reaches = {"theta": generator.rotation_range, "tx": generator.height_shift_range,
+               "ty": generator.width_shift_range, "shear": generator.shear_range}
+    limits = {name: (-reach, reach) for name, reach in reaches.items() if reach}
+    if tuple(generator.zoom_range) != (1, 1):
+        limits |= {"zx": generator.zoom_range, "zy": generator.zoom_range}
+    limits |= {"flip_horizontal": (0, 1), "flip_vertical": (0, 1)}
+    low, high = np.transpose(list(limits.values()))
+    numbers = low + (high - low) * random.random_sample((count, len(limits)))
+    drawn = dict(zip(limits, numbers.T))
+    for shift in {"tx", "ty"} & set(limits):
+        drawn[shift] *= SIZE
+    drawn["flip_horizontal"] = (drawn["flip_horizontal"] < 0.5) & generator.horizontal_flip
+    drawn["flip_vertical"] = (drawn["flip_vertical"] < 0.5) & generator.vertical_flip
+    return drawn
+
+
+def affine_matrices(theta=0, tx=0, ty=0, shear=0, zx=1, zy=1, flip_horizontal=False,
+                    flip_vertical=False):
     """Return transforms of ImageDataGenerator as matrices (n x 8) of Keras's affine_transform.
 
-    Takes dicts as `get_random_transform` returns them; what one leaves out does nothing.  The
+    Takes what `get_random_transform` returns, each one number or one for each image (n).  The
     product is that of `apply_transform`: rotation, shift, shear, zoom and flips, about the middle
     of the image.  A matrix takes a pixel (x, y) of the result to its place in the image.
     """
-    def column(name, default=0.0):
-        return np.array([transform.get(name, default) for transform in transforms], float)
+    def matrices(*two_rows):  # n x 3 x 3; the third row is always the same
+        return np.stack(np.broadcast_arrays(*two_rows, 0, 0, 1), axis=-1).reshape(-1, 3, 3)
 
-    def matrices(*two_rows):  # n x 3 x 3, of numbers and columns; the third row is always the same
-        entries = [np.broadcast_to(entry, len(transforms)) for entry in (*two_rows, 0, 0, 1)]
-        return np.stack(entries, axis=1).reshape(-1, 3, 3)
-
-    theta, shear, middle = np.radians(column("theta")), np.radians(column("shear")), (SIZE - 1) / 2
-    zx = column("zx", 1) * (1 - 2 * column("flip_horizontal"))  # a flip is a zoom by -1
-    zy = column("zy", 1) * (1 - 2 * column("flip_vertical"))
+    theta, shear, middle = np.radians(theta), np.radians(shear), (SIZE - 1) / 2
+    zx = np.multiply(zx, 1 - 2 * np.asarray(flip_horizontal))  # a flip is a zoom by -1
+    zy = np.multiply(zy, 1 - 2 * np.asarray(flip_vertical))
     product = (matrices(1, 0, middle, 0, 1, middle)
                @ matrices(np.cos(theta), -np.sin(theta), 0, np.sin(theta), np.cos(theta), 0)
-               @ matrices(1, 0, column("tx"), 0, 1, column("ty"))
+               @ matrices(1, 0, tx, 0, 1, ty)
                @ matrices(1, -np.sin(shear), 0, 0, np.cos(shear), 0)
                @ matrices(zx, 0, 0, 0, zy, 0)
                @ matrices(1, 0, -middle, 0, 1, -middle))
@@ -341,12 +462,9 @@ def augmented_batches(data, batch_size, seed):
     A tf.data.Dataset of images (float32, n x 48 x 48 x 1) and labels (n).  Order and transforms
     depend on `seed` alone, an int or a sequence of them.
     """
-    state = np.random.get_state()  # ImageDataGenerator draws NumPy's global random numbers
-    np.random.seed(seed)
-    order = np.random.permutation(len(data.training.images))
-    matrices = affine_matrices([data.augmentation.get_random_transform((SIZE, SIZE, 1))
-                                for _ in order])
-    np.random.set_state(state)
+    random = np.random.RandomState(seed)
+    order = random.permutation(len(data.training.images))
+    matrices = affine_matrices(**random_transforms(data.augmentation, len(order), random))
 
     def augment(images, labels, matrices):
         return transform_images(images, matrices), labels
@@ -398,6 +516,11 @@ def save_checkpoint(path, state, arrays):
         os.fsync(file.fileno())  # on the disk before it takes its name: the plug may be pulled
 
 
+def is_checkpoint(path):
+    """Return whether a checkpoint was written: an empty file only claims its place."""
+    return os.path.exists(path) and os.path.getsize(path) > 0
+
+
 def load_checkpoint(path, run=None):
     """Return the state and the arrays that `save_checkpoint` wrote.
 
@@ -423,8 +546,8 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
     """Train `model` on Data with AdamW; the learning rate falls along a cosine over all epochs.
 
     `checkpoint` is the path of a file that is written after each epoch, with plots beside it.  If
-    it exists, training goes on from it and ends as if it had never stopped; a finished run is not
-    trained again.  `settings` (a dict for JSON) are kept in it for the caller.
+    it exists and is not empty, training goes on from it and ends as if it had never stopped; a
+    finished run is not trained again.  `settings` (a dict for JSON) are kept in it for the caller.
 
     Leaves `model` with the weights of the epoch with the highest validation accuracy, in float32,
     compiled for evaluation.  Returns the history, a dict of lists with a value per epoch.  Raises
@@ -442,8 +565,8 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
         run = {"epochs": epochs, "batch size": batch_size, "learning rate": learning_rate,
                "seed": seed, "precision": keras.config.dtype_policy().name,
                "number of parameters": model.count_params(), "augmentation": str(AUGMENTATION),
-               "images": checksum(data)}
-        if os.path.exists(checkpoint):
+               "metrics": str(model.get_compile_config()["metrics"]), "images": checksum(data)}
+        if is_checkpoint(checkpoint):
             saved, arrays = load_checkpoint(checkpoint, run)
             for variable, array in zip(variables, arrays):
                 variable.assign(array)
@@ -483,9 +606,9 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
 # --- Evaluation -----------------------------------------------------------------------------------
 # 18 views of an image: of 44, 48 and 52 of its 48 pixels, each 2 pixels higher, level and 2 lower,
 # and all of them mirrored; at another SIZE in proportion.
-VIEWS = affine_matrices([
-    {"zx": zoom, "zy": zoom, "ty": height * SIZE, "flip_horizontal": flip}
-    for flip in (False, True) for zoom in (11 / 12, 1, 13 / 12) for height in (-1 / 24, 0, 1 / 24)])
+FLIPS, ZOOMS, HEIGHTS = zip(*itertools.product((False, True), (11 / 12, 1, 13 / 12),
+                                               (-SIZE / 24, 0, SIZE / 24)))
+VIEWS = affine_matrices(zx=ZOOMS, zy=ZOOMS, ty=HEIGHTS, flip_horizontal=FLIPS)
 
 
 def classify_faces(model, images):
@@ -557,7 +680,18 @@ def evaluate_model(model, data):
 
 
 # --- Plots ----------------------------------------------------------------------------------------
-@matplotlib.style.context(PLOT_STYLE)
+@contextlib.contextmanager
+def plot_style():
+    """Draw in Matplotlib's own style, whatever the user's is; their fonts stand in for glyphs."""
+    fonts = {name: matplotlib.rcParams[name] for name in ("font.sans-serif", "font.serif")}
+    families = dict.fromkeys(["DejaVu Sans", *matplotlib.rcParams["font.family"]])
+    with matplotlib.style.context(["default", fonts, {
+            "font.family": list(families), "font.size": 15, "figure.dpi": 150, "savefig.dpi": 150,
+            "lines.linewidth": 2.5, "text.parse_math": False}]):
+        yield
+
+
+@plot_style()
 def plot_history(history, output_dir):
     """Write accuracy.png, loss.png and so on, one a metric: training and validation by epoch."""
     epochs = history["epoch"]
@@ -584,12 +718,13 @@ def draw_shares(axes, shares, rows, columns):
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         axes.text(column, row, f"{share:.0%}", ha="center", va="center",
-                  color="white" if share > 0.6 else "black")
+                  size=min(15, 150 / len(columns)), color="white" if share > 0.6 else "black")
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(labelsize=min(15, 240 / len(columns)))
 
 
-@matplotlib.style.context(PLOT_STYLE)
+@plot_style()
 def plot_performance(history, scores, output_dir):
     """Write accuracy.png and loss.png, as `plot_history` does, and confusion_matrix.png."""
     plot_history(history, output_dir)
@@ -603,7 +738,7 @@ def plot_performance(history, scores, output_dir):
         figure.savefig(temporary)
 
 
-@matplotlib.style.context(PLOT_STYLE)
+@plot_style()
 def plot_examples(data, probabilities, output_dir):
     """Write examples.png: of each emotion (rows: labels) the test images classified most surely."""
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
@@ -649,7 +784,7 @@ def receptive_field(model, layer):
     return size, step, start
 
 
-@matplotlib.style.context(PLOT_STYLE)
+@plot_style()
 def plot_filters(model, data, output_dir):
     """Write filters.png: what the network of `create_CNN` has learned to look for.
 
@@ -736,14 +871,19 @@ def in_parts(network, images):
     return [tf.concat(output, axis=0) for output in zip(*parts)]
 
 
+detector_lock = threading.Lock()
+
+
 @functools.cache
 def face_detector():
     """Return the face detector MTCNN: Zhang et al. (2016), arXiv:1604.02878."""
-    from mtcnn import MTCNN, stages  # here: training does without it
+    mtcnn = optional_package("mtcnn", "finding faces, unlike --no-detect,")
+    stages = importlib.import_module("mtcnn.stages")
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float32")  # it fails in any other
-    with contextlib.redirect_stderr(None):  # Python 3.13 tells how it closes the weights' files
-        detector = MTCNN()
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    detector = mtcnn.MTCNN()  # on Python 3.13, it tells how it closes the files of its weights
+    sys.unraisablehook = hook
     keras.config.set_dtype_policy(policy)
     # Of a crowd, it would compare all of 5,000 boxes in pairs and pass all crops through a network
     # at once: that takes gigabytes.
@@ -762,14 +902,16 @@ def find_faces(photo):
     """
     whole_photo = (0, 0, *photo.size)
     longest_side = max(photo.size)
-    if longest_side <= 64:  # too little to detect in
+    if longest_side <= LARGEST_CROP:  # too little to detect in
         return [whole_photo]
-    scale = max(1, longest_side / 1280)
+    scale = max(1, math.sqrt(photo.size[0] * photo.size[1] / PIXELS_TO_SEARCH))
     if min(photo.size) < 20 * scale:  # narrower than the smallest face that MTCNN looks for
         return []
     small = photo.resize([round(side / scale) for side in photo.size])
-    found = face_detector().detect_faces(np.asarray(small), fit_to_image=False,
-                                         threshold_onet=0.95)  # at 0.8 it sees faces in curtains
+    with detector_lock:  # of several threads, one loads it
+        detector = face_detector()
+    found = detector.detect_faces(np.asarray(small), fit_to_image=False,
+                                  threshold_onet=0.95)  # at 0.8 it sees faces in curtains
     boxes = []
     for face in found:
         left, top, width, height = (scale * float(pixels) for pixels in face["box"])
@@ -794,7 +936,7 @@ def cut_out(photo, box):
 
 
 def classify_photo(photo, model, emotions, detect=True):
-    """Return the faces in a photo (path, PIL image or array), from left to right: a list of dicts.
+    """Return the faces in a photo, as `open_image` takes it, from left to right: a list of dicts.
 
     - face: its number, from 1 on
     - box: left, top, right, bottom; in pixels, may reach beyond the photo
@@ -838,7 +980,7 @@ def occlusion_map(model, face, label):
     return falls / np.maximum(covers, 1)
 
 
-@matplotlib.style.context(PLOT_STYLE)
+@plot_style()
 def draw_photo(photo, faces, model, path):
     """Write a picture of a photo (PIL image), and below it a row for each of its first 20 faces.
 
@@ -890,13 +1032,30 @@ def draw_photo(photo, faces, model, path):
         figure.savefig(temporary, dpi=100)
 
 
+def save_picture(photo, faces, model, path, output_dir):
+    """Draw a photo that was read from `path` into predictions/; return whether it was written."""
+    # Photos of one name in several folders differ in the checksum.  A name may have 255 bytes.
+    path_checksum = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+    picture = Path(output_dir, "predictions", f"{path.stem[:50]}-{path_checksum}.emotions.jpg")
+    try:
+        draw_photo(photo, faces, model, picture)
+    except OSError as error:  # the folder is read-only, say
+        print(f"error: {picture} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return False
+    print(f"  drawn in {picture}")
+    return True
+
+
 def find_photos(paths):
     """Return the photos in `paths` and in the folders there, without those that were drawn."""
     photos = []
-    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
-        found = find_images(path) if path.is_dir() else [path]
-        found = [photo for photo in found if not photo.name.endswith(".emotions.jpg")]
-        photos += found or [path]  # a folder without photos stays, and is reported as unreadable
+    for name in [paths] if isinstance(paths, (str, Path)) else paths:
+        # On Windows, the shell leaves patterns such as *.jpg to the program.
+        names = [name] if os.path.exists(name) else sorted(glob.glob(str(name))) or [name]
+        for path in map(Path, names):
+            found = find_images(path) if path.is_dir() else [path]
+            found = [photo for photo in found if not photo.name.endswith(".emotions.jpg")]
+            photos += found or [path]  # a folder without photos stays: reported as unreadable
     return photos
 
 
@@ -905,9 +1064,9 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
 
     If there is none, it is the one included in docs/runs.  Prints a row per face and draws a
     picture per photo into predictions/ there, or only prints a JSON object per face.  A photo
-    without a face, and one that cannot be read, gets a line on stderr.  Returns whether all could
-    be read.  Raises InputError where no network can be loaded, OSError where a picture cannot be
-    written.
+    without a face, one that cannot be read, and a picture that cannot be written get a line on
+    stderr.  Returns whether all could be read and written.  Raises InputError where no network can
+    be loaded, or no detector.
     """
     network = Path(output_dir, NETWORK)
     if not network.exists():
@@ -918,11 +1077,11 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
     for number, path in enumerate(photos, 1):
         try:
             photo = open_image(path)
-            faces = classify_photo(photo, model, emotions, detect)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             all_well = False
             continue
+        faces = classify_photo(photo, model, emotions, detect)
         if not faces:
             print(f"{path}: no face found; --no-detect classifies it whole", file=sys.stderr)
         elif as_json:
@@ -934,10 +1093,7 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
                                    for emotion, share in face["probabilities"].items())
                 print(f"{number}/{len(photos)} {path}, face {face['face']}: {face['emotion']} "
                       f"{face['confidence']:.1%}  ({shares})")
-            name = f"{number}_{path.stem[:50]}.emotions.jpg"  # a name may have 255 bytes
-            picture = Path(output_dir, "predictions", name)
-            draw_photo(photo, faces, model, picture)
-            print(f"  drawn in {picture}")
+            all_well &= save_picture(photo, faces, model, path, output_dir)
     return all_well
 
 
@@ -1005,20 +1161,32 @@ def draw_faces(folder, seed):
 
 
 # --- Command line ---------------------------------------------------------------------------------
-def find_hardware():
-    """Return the name of the GPU, or else of the processor, and the fastest dtype policy on it."""
+def cpu_information():
+    """Return what Linux tells about the CPU; elsewhere, an empty text."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text() if cpuinfo.exists() else ""
+
+
+def hardware_name():
+    """Return the name of the GPU, or else of the CPU."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+    name = cpu_information().partition("model name\t: ")[2].partition("\n")[0]
+    return name or platform.processor() or platform.machine()
+
+
+def fastest_precision():
+    """Return the name of the dtype policy in which training is fastest on this machine."""
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         details = tf.config.experimental.get_device_details(gpus[0])
         has_tensor_cores = details.get("compute_capability", (0, 0)) >= (7, 0)
-        return details.get("device_name", "GPU"), "mixed_float16" if has_tensor_cores else "float32"
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux
-    information = cpuinfo.read_text() if cpuinfo.exists() else ""
-    name = information.partition("model name\t: ")[2].partition("\n")[0]
+        return "mixed_float16" if has_tensor_cores else "float32"
+    cpu = cpu_information()
     # Without AMX, bfloat16 takes Intel's processors 1.4 times as long as float32.
-    is_fast = "amx_bf16" in information or ("AMD" in information and "avx512_bf16" in information)
-    return (name or platform.processor() or platform.machine(),
-            "mixed_bfloat16" if is_fast else "float32")
+    is_fast = "amx_bf16" in cpu or ("AMD" in cpu and "avx512_bf16" in cpu)
+    return "mixed_bfloat16" if is_fast else "float32"
 
 
 def between(kind, low, high):
@@ -1039,6 +1207,8 @@ def parse_command_line(arguments):
     data.add_argument("--data-dir", metavar="DIR", help="folder that holds train/ and test/ "
                       "(default: data, or a download)")
     data.add_argument("--demo", action="store_true", help="train on small drawn faces instead")
+    training.add_argument("--crop-faces", action="store_true",
+                          help="cut the largest face out of each image of the dataset")
     training.add_argument("--epochs", type=between(int, 1, 100_000), metavar="N",
                           help=f"passes over the training images (default: {EPOCHS}; demo: 4)")
     training.add_argument("--batch-size", type=between(int, 2, 100_000), default=BATCH_SIZE,
@@ -1060,8 +1230,8 @@ def parse_command_line(arguments):
                             help="take every photo as one face: look for none")
     prediction.add_argument("--json", action="store_true",
                             help="print a JSON object per face and draw nothing")
-    parser.add_argument("--output-dir", default="output", metavar="DIR",
-                        help="where all results are (default: %(default)s)")
+    parser.add_argument("--output-dir", metavar="DIR",
+                        help="where all results are (default: output; demo: demo)")
     options = parser.parse_args(arguments)
     if "" in arguments:  # a variable of the shell that is not set, say
         parser.error("an argument is empty")
@@ -1075,10 +1245,11 @@ def parse_command_line(arguments):
         useless = given & {"--no-detect", "--json"}
     if useless:
         parser.error(f"{', '.join(sorted(useless))} would have no effect here: leave it out")
+    options.output_dir = options.output_dir or ("demo" if options.demo else "output")
     return options
 
 
-def save_results(output_dir, model, settings, data, history, scores, processor, seconds):
+def save_results(output_dir, model, settings, data, history, scores, seconds):
     """Write history.csv, and metrics.json with all that it takes to repeat the run."""
     rows = [history, *zip(*history.values())]  # the names; a row per epoch
     with whole_file(output_dir / "history.csv") as temporary:
@@ -1097,7 +1268,7 @@ def save_results(output_dir, model, settings, data, history, scores, processor, 
         "validation": {"accuracy": history["val_accuracy"][best],
                        "loss": history["val_loss"][best]},
         "seconds": round(seconds, 1),
-        "processor": processor,
+        "processor": hardware_name(),
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
                      "keras": keras.__version__},
     }
@@ -1111,17 +1282,21 @@ if __name__ == "__main__":
     output_dir = Path(options.output_dir)
     checkpoint = output_dir / "unfinished" / CHECKPOINT
 
-    in_the_way = InputError(f"{checkpoint.parent} exists: if its run was interrupted, go on with "
+    faces_dir = tempfile.TemporaryDirectory()  # stays empty without --demo
+    in_the_way = InputError(f"{checkpoint.parent} holds a run: if it was interrupted, go on with "
                             "--resume or delete the folder; if it still runs, name another "
                             "--output-dir")
     is_running = False  # whether the unfinished run is this one
 
     def tell_end(reason):
-        if is_running and checkpoint.exists():
-            reason += "; --resume goes on"
-        elif is_running:  # there is nothing to go on with, and an empty folder would bar a new run
+        faces_dir.cleanup()
+        if is_running and is_checkpoint(checkpoint):
+            folder = "" if options.output_dir == "output" else f" --output-dir {output_dir}"
+            reason += f"; --resume{folder} goes on"
+        elif is_running:  # there is nothing to go on with, and an empty checkpoint bars a new run
             with contextlib.suppress(OSError):
                 checkpoint.with_name(f".{CHECKPOINT}").unlink(missing_ok=True)  # half written
+                checkpoint.unlink(missing_ok=True)
                 checkpoint.parent.rmdir()
         print(reason, file=sys.stderr)
 
@@ -1144,7 +1319,6 @@ if __name__ == "__main__":
                                         not options.no_detect, options.json)
             sys.exit(0 if all_well else 2)
 
-        processor, precision = find_hardware()
         if options.resume:
             state, _ = load_checkpoint(checkpoint)
             settings = state["settings"]
@@ -1152,25 +1326,28 @@ if __name__ == "__main__":
                 settings["data_dir"] = os.path.abspath(options.data_dir)
             started -= sum(state["history"].get("seconds", []))  # as if it had never stopped
             is_running = True
-        elif checkpoint.parent.exists():
+        elif checkpoint.exists():
             raise in_the_way
         else:
             data_dir = None if options.demo else os.path.abspath(options.data_dir or find_dataset())
             settings = {"data_dir": data_dir, "demo": options.demo,
+                        "crop_faces": options.crop_faces,
                         "epochs": options.epochs or (4 if options.demo else EPOCHS),
                         "batch_size": options.batch_size, "learning_rate": options.learning_rate,
-                        "precision": options.precision or precision, "seed": options.seed}
+                        "precision": options.precision or fastest_precision(),
+                        "seed": options.seed}
         keras.utils.set_random_seed(settings["seed"])
         keras.config.set_dtype_policy(settings["precision"])
-        print(f"{processor}, {settings['precision']}")
-        with tempfile.TemporaryDirectory() as faces:  # stays empty without --demo
-            if settings["demo"]:
-                draw_faces(faces, settings["seed"])
-            data = load_data(settings["data_dir"] or faces)
-        model = create_CNN(len(data.emotions), dropout=min(settings["epochs"] / 88, 1))
+        print(f"{hardware_name()}, {settings['precision']}")
+        if settings["demo"]:
+            draw_faces(faces_dir.name, settings["seed"])
+        data = load_data(settings["data_dir"] or faces_dir.name, settings["crop_faces"])
+        faces_dir.cleanup()
+        model = create_CNN(len(data.emotions), settings["epochs"])
         if not options.resume:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
             try:
-                checkpoint.parent.mkdir(parents=True)  # the folder is the lock
+                checkpoint.touch(exist_ok=False)  # the lock
             except FileExistsError:
                 raise in_the_way from None
             is_running = True
@@ -1178,14 +1355,22 @@ if __name__ == "__main__":
                               settings["learning_rate"], settings["seed"], checkpoint, settings)
         save_network(model, data.emotions, output_dir / NETWORK)
         scores, probabilities = evaluate_model(model, data)
-        save_results(output_dir, model, settings, data, history, scores, processor,
+        save_results(output_dir, model, settings, data, history, scores,
                      time.perf_counter() - started)
         plot_performance(history, scores, output_dir)
         plot_examples(data, probabilities, output_dir)
         plot_filters(model, data, output_dir)
-        shutil.rmtree(checkpoint.parent)
+        try:
+            for name in CHECKPOINT, *(f"{metric}.png" for metric in history):
+                checkpoint.with_name(name).unlink(missing_ok=True)
+                checkpoint.with_name(f".{name}").unlink(missing_ok=True)  # of a run that was killed
+            checkpoint.parent.rmdir()
+        except OSError as error:  # another program has it open, say
+            print(f"{checkpoint.parent} could not be removed: {error.strerror}.  The run is "
+                  "finished: delete the folder when you can", file=sys.stderr)
         print(f"\nSaved in {output_dir}: {', '.join(sorted(os.listdir(output_dir)))}")
     except BrokenPipeError:  # what read the output has ended: `head`, say
+        faces_dir.cleanup()
         os._exit(141)  # as shells do
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

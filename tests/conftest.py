@@ -57,7 +57,7 @@ def run_here(monkeypatch, capfd):
     What a program of its own changes in its process is as before afterwards.
     """
     def run_here(*arguments, cwd, program=SCRIPT):
-        script.find_hardware()  # TensorFlow looks for GPUs once in a process, and talks of it
+        script.hardware_name()  # TensorFlow looks for GPUs once in a process, and talks of it
         capfd.readouterr()
         handler, status = signal.getsignal(signal.SIGINT), 0
         with monkeypatch.context() as patch, warnings.catch_warnings():
@@ -99,11 +99,11 @@ def read_history(output_dir):
 
 def kept_history(output_dir):
     """Return the history in the checkpoint of an unfinished run: {} where there is none yet."""
-    try:
-        with np.load(Path(output_dir, "unfinished", script.CHECKPOINT)) as file:
-            return json.loads(str(file["state"]))["history"]
-    except FileNotFoundError:
+    checkpoint = Path(output_dir, "unfinished", script.CHECKPOINT)
+    if not script.is_checkpoint(checkpoint):
         return {}
+    with np.load(checkpoint) as file:
+        return json.loads(str(file["state"]))["history"]
 
 
 def wait_for_checkpoint(process, folder, epochs):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ablation
 import pytest
-from conftest import ROOT, SCRIPT, script
+from conftest import OUTPUTS, ROOT, RUN, SCRIPT, script
 from PIL import Image
 
 NETWORK = f"output/{script.NETWORK}"
@@ -50,7 +50,7 @@ BAD_INPUTS = {
                     ["data/train", "two or more emotions"]),
     "nothing to hold out": ([], lambda data: [
         file.rename(file.with_name("x.png")) if "_0" in file.name else file.unlink()
-        for file in data.glob("*/*/*.png")], ["data/train", "too few"]),
+        for file in data.glob("*/*/*.png")], ["train/", "too few"]),
     "image of no bytes": ([], lambda data: (data / "train/happy/Training_3.png").write_bytes(b""),
                           ["data/train/happy/Training_3.png", "cannot be read"]),
     "image of text": ([], lambda data: (data / "test/happy/x.jpg").write_text("no image"),
@@ -150,17 +150,22 @@ def test_bad_options_get_the_usage_and_one_line_and_status_2(
     assert [path.name for path in tmp_path.rglob("*")] == ["output", "history.csv"]
 
 
-def test_a_folder_of_the_users_own_is_left_alone(small_dataset, tmp_path, run_here):
-    """It has the name that the script gives to the folder of an unfinished run."""
+def test_a_folder_that_cannot_be_removed_is_told_and_bars_no_other_run(
+        small_dataset, tmp_path, run_here):
+    """Here it holds a file of the user's own, which is left alone."""
     own = tmp_path / "output/unfinished/history.csv"
     own.parent.mkdir(parents=True)
     own.write_text("Chapter one")
-    for arguments in ["--data-dir", small_dataset], ["--resume"]:
-        refused = run_here(*arguments, cwd=tmp_path)
-        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-        assert "output/unfinished" in refused.stderr
-    assert [path.name for path in tmp_path.rglob("*")] == ["output", "unfinished", "history.csv"]
-    assert own.read_text() == "Chapter one"
+    refused = run_here("--resume", cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    for _ in range(2):
+        process = run_here("--data-dir", small_dataset, *RUN, "--epochs", 1, cwd=tmp_path)
+        assert process.returncode == 0
+        assert process.stdout.splitlines()[-1].startswith("Saved in output: ")
+        assert process.stderr.startswith("output/unfinished could not be removed: ")
+        assert process.stderr.count("\n") == 1
+        assert {path.name for path in (tmp_path / "output").iterdir()} == {*OUTPUTS, "unfinished"}
+        assert list(own.parent.iterdir()) == [own] and own.read_text() == "Chapter one"
 
 
 def test_output_folder_that_cannot_be_written(small_dataset, tmp_path, run_here):
@@ -177,7 +182,7 @@ def test_nothing_but_the_script_and_keras_reaches_the_terminal(demo):
     """Every line is one of the script's own or of Keras's, a line per epoch."""
     folder, process = demo
     assert process.stderr == ""
-    metrics = json.loads((folder / "output/metrics.json").read_text())
+    metrics = json.loads((folder / "demo/metrics.json").read_text())
     left = [line for line in process.stdout.splitlines()
             if re.fullmatch(r"about \d+ min of training left", line)]
     assert len(left) >= 3

@@ -6,8 +6,10 @@ import os
 import shutil
 import sys
 
+import keras
 import numpy as np
 import pytest
+import skimage.data
 from conftest import EMOTIONS, changed_script, flat, make_dataset, script
 from PIL import Image
 from tensorflow.keras.preprocessing.image import ImageDataGenerator
@@ -61,6 +63,87 @@ def test_without_kaggle_names_a_stratified_tenth_is_held_out(tmp_path, capsys):
     assert output.count("a tenth of train/ is held out for validation") == 2
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_folder_for_validation_is_the_validation_set(tmp_path, capsys, name):
+    """Nothing of train/ is held out then, and all of test/ is the test set."""
+    shades = {"Training": 20, "PublicTest": 90, "PrivateTest": 160}
+    make_dataset(tmp_path, 10, 3, 2, lambda emotion, kind, number: flat(shades[kind] + number))
+    for file in tmp_path.glob("test/*/PublicTest_*"):
+        folder = tmp_path / name / file.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        file.rename(folder / file.name.removeprefix("PublicTest_"))
+    data = script.load_data(tmp_path)
+    for part, first, count in (data.training, 20, 10), (data.validation, 90, 3), (
+            data.test, 160, 2):
+        assert np.unique(part.images).tolist() == list(range(first, first + count))
+        assert np.bincount(part.labels).tolist() == [count] * 7
+    output = capsys.readouterr().out
+    assert f"train, {name}, test" in output and "held out" not in output
+
+
+def test_two_folders_for_validation_or_one_without_an_emotion_are_errors(tmp_path):
+    make_dataset(tmp_path)
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    shutil.rmtree(tmp_path / "val/sad")
+    with pytest.raises(script.InputError, match="val/sad is missing: train/ and val/ and test/"):
+        script.load_data(tmp_path)
+    (tmp_path / "valid").mkdir()
+    with pytest.raises(script.InputError, match="/val and .*/valid both exist"):
+        script.load_data(tmp_path)
+
+
+def test_a_stray_file_in_test_does_not_change_the_split(tmp_path):
+    make_dataset(tmp_path, 2, 2, 2)
+    shutil.copy(tmp_path / "test/sad/PublicTest_0.png", tmp_path / "test/sad/copy.png")
+    with pytest.raises(script.InputError, match=f"^{tmp_path}/test/sad/copy.png: its name is "
+                       "neither .*, unlike 28 others. Rename or remove it"):
+        script.load_data(tmp_path)
+
+
+def test_cropped_faces_are_those_that_predict_sees(tmp_path, monkeypatch, run_here, capfd):
+    """The largest face of each image; --resume goes on with the same."""
+    astronaut = Image.fromarray(skimage.data.astronaut())
+    face = astronaut.crop((70, 0, 370, 300))
+    pair = Image.new("RGB", (500, 300), "grey")
+    pair.paste(face.resize((130, 130)), (0, 100))
+    pair.paste(face.resize((260, 260)), (200, 20))
+    for part, count in ("train", 2), ("val", 1), ("test", 1):
+        for emotion in "happy", "sad":
+            folder = tmp_path / "data" / part / emotion
+            folder.mkdir(parents=True)
+            for number in range(count):
+                face.rotate(5 * number).save(folder / f"{number}.png")
+            pair.save(folder / "pair.png")
+        Image.new("RGB", (300, 300), "grey").save(tmp_path / "data" / part / "sad/wall.png")
+    data = script.load_data(tmp_path / "data", crop_faces=True)
+    output = capfd.readouterr().out
+    assert output.count("skipped 1 of ") == 3 and "larger than" not in output
+    assert data.training.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    box = max(script.find_faces(pair), key=lambda box: box[2] - box[0])
+    assert box[0] > 200
+    for part in data.training, data.validation, data.test:
+        assert np.array_equal(part.images[-1, :, :, 0], script.cut_out(np.asarray(pair), box))
+    faces = script.find_faces(face)
+    assert np.array_equal(data.test.images[0, :, :, 0], script.cut_out(np.asarray(face), *faces))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.Sequential, "fit", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_here("--crop-faces", "--epochs", 1, "--batch-size", 4, cwd=tmp_path)
+    process = run_here("--resume", cwd=tmp_path)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert "6 training, 4 validation and 4 test images" in process.stdout
+    metrics = json.loads((tmp_path / "output/metrics.json").read_text())
+    assert metrics["settings"]["crop_faces"]
+
+
+def test_an_emotion_without_a_face_is_an_error(tmp_path):
+    make_dataset(tmp_path, 1, 1, 1)
+    Image.new("L", (100, 100), 90).save(tmp_path / "train/fear/Training_0.png")
+    with pytest.raises(script.InputError, match="train/fear: no face was found in any image"):
+        script.load_data(tmp_path, crop_faces=True)
+
+
 def test_an_emotion_with_one_image_is_trained_on_and_not_held_out(tmp_path):
     make_dataset(tmp_path, 3, 1, 0)
     for file in tmp_path.glob("test/*/*"):
@@ -92,14 +175,16 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(t
     for hidden in ".ipynb_checkpoints", "sad/.thumbnails":
         (tmp_path / "train" / hidden).mkdir()
         (tmp_path / "train" / hidden / "hidden.png").write_text("no image")
-    assert script.find_emotions(tmp_path) == EMOTIONS
+    assert script.find_emotions([tmp_path / "train", tmp_path / "test"]) == EMOTIONS
     paths, images, labels = script.read_images(tmp_path / "train", EMOTIONS)
     assert images.shape == (8, 48, 48, 1) and images.dtype == "uint8"
     assert [path.name for path in paths] == ["Training_0.png", "photo.GIF"] + ["Training_0.png"] * 6
     assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
     assert (np.delete(images, 1, axis=0) == 90).all()
     output, errors = capfd.readouterr()
-    assert output == "" and errors == (
+    assert output == ("2 of 8 images are larger than 64 pixels and are scaled as they are: if they "
+                      "show more than a face, use --crop-faces\n")
+    assert errors == (
         f"{tmp_path / 'train/happy'}: 3 of 4 files passed over, no images by their endings "
         "(.db, .txt)\n")
 
@@ -193,9 +278,9 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, damage):
 def test_more_than_8_bits_are_refused_and_not_taken_for_white(tmp_path):
     deep = np.full((60, 60), 30000, "uint16")
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    for photo, name in (tmp_path / "deep.png", tmp_path / "deep.png"), (deep, "this ndarray"), (
-            np.ones((60, 60), "float32"), "this ndarray"):
-        with pytest.raises(script.InputError, match=f"^{name} cannot be read .* 8 bits a channel"):
+    for photo, words in (tmp_path / "deep.png", f"^{tmp_path}/deep.png .* 8 bits a channel"), (
+            deep, "^this ndarray .* uint16 60 x 60$"):
+        with pytest.raises(script.InputError, match=words):
             script.open_image(photo)
 
 
@@ -272,7 +357,7 @@ def assert_transforms_agree(images, transforms):
     generator = ImageDataGenerator(dtype="float32")
     expected = [generator.apply_transform(image, transform)
                 for image, transform in zip(images, transforms)]
-    matrices = script.affine_matrices(transforms)
+    matrices = np.concatenate([script.affine_matrices(**transform) for transform in transforms])
     assert np.abs(script.transform_images(images, matrices) - expected).max() < 0.01
 
 
@@ -285,10 +370,25 @@ def test_each_transform_is_that_of_the_generator(kind):
 def test_transforms_that_the_generator_draws_are_its_own():
     generator = ImageDataGenerator(
         horizontal_flip=True, vertical_flip=True, rotation_range=180, width_shift_range=0.5,
-        height_shift_range=[-9, 0, 4], shear_range=40, zoom_range=(0.6, 1.7))
+        height_shift_range=0.2, shear_range=40, zoom_range=(0.6, 1.7))
     images = np.random.default_rng(1).uniform(0, 255, (60, 48, 48, 1)).astype("float32")
-    assert_transforms_agree(
-        images, [generator.get_random_transform((48, 48, 1), seed) for seed in range(60)])
+    drawn = script.random_transforms(generator, 60, np.random.RandomState(3))
+    assert_transforms_agree(images, [dict(zip(drawn, row)) for row in zip(*drawn.values())])
+
+
+@pytest.mark.parametrize("augmentation", [
+    script.AUGMENTATION, {}, {"vertical_flip": True}, {"zoom_range": (1, 1.2)},
+    {"rotation_range": 40, "height_shift_range": 0.3, "shear_range": 20, "horizontal_flip": True}])
+def test_transforms_drawn_at_once_are_those_that_the_generator_draws_one_by_one(augmentation):
+    """To the last digit, from the same seed, which is why a seed gives the run it always gave."""
+    generator = ImageDataGenerator(**augmentation)
+    drawn = script.random_transforms(generator, 50, np.random.RandomState([3, 7]))
+    np.random.seed([3, 7])
+    one_by_one = [generator.get_random_transform((48, 48, 1)) for _ in range(50)]
+    nothing = {"theta": 0, "tx": 0, "ty": 0, "shear": 0, "zx": 1, "zy": 1}
+    for number, expected in enumerate(one_by_one):
+        transform = nothing | {name: values[number] for name, values in drawn.items()}
+        assert {name: expected[name] for name in transform} == transform
 
 
 def test_order_and_transforms_of_an_epoch_depend_on_seed_and_epoch_alone(small_dataset):
@@ -313,11 +413,15 @@ def test_an_epoch_leaves_the_random_numbers_of_others_alone(small_dataset):
     assert np.array_equal(np.random.random(3), expected)
 
 
-@pytest.mark.parametrize("augmentation", [
-    {"brightness_range": (0.5, 1)}, {"rescale": 1 / 255}, {"channel_shift_range": 20}])
-def test_augmentation_that_is_not_affine_is_an_error(small_dataset, monkeypatch, augmentation):
+@pytest.mark.parametrize(("augmentation", "words"), [
+    ({"brightness_range": (0.5, 1)}, "is not affine"), ({"rescale": 1 / 255}, "is not affine"),
+    ({"channel_shift_range": 20}, "is not affine"),
+    ({"width_shift_range": 4}, "must be a share of the image"),
+    ({"height_shift_range": [-2, 0, 2]}, "must be a share of the image")])
+def test_augmentation_that_cannot_be_drawn_is_an_error(
+        small_dataset, monkeypatch, augmentation, words):
     monkeypatch.setattr(script, "AUGMENTATION", {"zoom_range": 0.1, **augmentation})
-    with pytest.raises(script.InputError, match=f"AUGMENTATION: {[*augmentation][0]} is not aff"):
+    with pytest.raises(script.InputError, match=f"AUGMENTATION: {[*augmentation][0]} {words}"):
         script.load_data(small_dataset)
 
 
@@ -348,7 +452,7 @@ def test_the_dataset_is_downloaded_where_there_is_none(kagglehub, tmp_path, run_
     (tmp_path / "cache/test/happy/x.jpg").write_text("no image, which ends the run early")
     process = run_here("--epochs", 1, cwd=tmp_path)
     assert (tmp_path / "calls").read_text() == "msambare/fer2013/versions/1"
-    assert f"Reading {tmp_path / 'cache'}\n7 emotions: angry, " in process.stdout
+    assert f"Reading {tmp_path / 'cache'}: train, test\n7 emotions: angry, " in process.stdout
     assert process.returncode == 2 and str(tmp_path / "cache/test/happy/x.jpg") in process.stderr
 
 
@@ -361,6 +465,13 @@ def test_a_download_that_fails_names_its_reason_and_the_ways_on(
     message = str(error.value)
     assert "(OSError: no HOME for you)" in message and "\n" not in message
     assert all(way in message for way in ("data/", "--data-dir", "--demo", "https://www.kaggle.c"))
+
+
+def test_without_kagglehub_the_way_to_install_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kagglehub", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(script.InputError, match="pip install kagglehub.*--data-dir"):
+        script.find_dataset()
 
 
 def test_data_folder_that_is_there_is_used_however_small_and_nothing_downloaded(

@@ -8,6 +8,7 @@ import runpy
 import sys
 
 import keras
+import matplotlib
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -193,6 +194,37 @@ def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, figures):
     assert all(is_picture(path) for path in (tmp_path / "plots").iterdir())
 
 
+@pytest.mark.parametrize("key", ["font.family", "font.sans-serif"])
+def test_fonts_of_the_user_stand_in_for_letters_that_matplotlibs_has_not(tmp_path, key, recwarn):
+    """As Chinese users name theirs in matplotlibrc; STIX, which comes with Matplotlib, stands in."""
+    letter = "\u1d81"  # a letter d with a hook, which DejaVu Sans has not
+    history = {"epoch": [1], letter: [0.3], "val_" + letter: [0.4], "val_accuracy": [0.4]}
+    with matplotlib.rc_context({key: ["STIXGeneral"]}):
+        script.plot_history(history, tmp_path)
+    assert not [str(warning.message) for warning in recwarn]
+    with matplotlib.rc_context({key: ["DejaVu Sans"]}):
+        script.plot_history(history, tmp_path)
+    assert "missing from font" in str(recwarn.pop().message)
+
+
+@pytest.mark.parametrize("number", [7, 20])
+def test_shares_of_many_emotions_fit_their_cells(tmp_path, figures, number):
+    emotions = [f"emotion {i}" for i in range(number)]
+    scores = {"emotions": dict.fromkeys(emotions), "confusion_matrix": np.eye(number, dtype=int)}
+    history = {"epoch": [1], "val_accuracy": [0.4]}
+    script.plot_performance(history, scores, tmp_path)
+    faces = [{"face": 1, "box": (0, 0, 48, 48), "emotion": emotions[0], "confidence": 1.0,
+              "probabilities": dict.fromkeys(emotions, 1.0)}]
+    model = keras.Sequential([keras.Input((48, 48, 1)), keras.layers.Flatten(),
+                              keras.layers.Dense(number, activation="softmax")])
+    script.draw_photo(Image.new("RGB", (48, 48)), faces, model, tmp_path / "x.jpg")
+    for figure in figures:
+        table = figure.axes[-1]
+        left, right = (table.transData.transform((column, 0))[0] for column in (0, 1))
+        widest = max(text.get_window_extent().width for text in table.texts)
+        assert widest < right - left and widest > (right - left) / 3
+
+
 def test_every_metric_with_a_value_on_validation_gets_its_own_picture(tmp_path, figures):
     history = {"epoch": [1, 2], "accuracy": [0.3, 0.5], "loss": [1.9, 1.4], "top_2": [0.6, 0.7],
                "val_accuracy": [0.4, 0.3], "val_loss": [1.7, 1.3], "val_top_2": [0.65, 0.8]}
@@ -376,27 +408,27 @@ def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
     folder, process = demo
     assert process.returncode == 0, process.stderr
     assert "means nothing for real faces" in process.stdout
-    metrics = json.loads((folder / "output/metrics.json").read_text())
+    metrics = json.loads((folder / "demo/metrics.json").read_text())
     assert metrics["test"]["accuracy"] >= 0.9
     assert metrics["images"] == {"training": 2100, "validation": 350, "test": 350}
     assert metrics["settings"]["demo"]
-    assert {path.name for path in folder.iterdir()} == {"output", "process.json"}
+    assert {path.name for path in folder.iterdir()} == {"demo", "process.json"}
 
 
 def test_run_leaves_all_files_and_lists_them(demo):
     folder, process = demo
-    assert {path.name for path in (folder / "output").iterdir()} == OUTPUTS
-    assert process.stdout.splitlines()[-1] == f"Saved in output: {', '.join(sorted(OUTPUTS))}"
+    assert {path.name for path in (folder / "demo").iterdir()} == OUTPUTS
+    assert process.stdout.splitlines()[-1] == f"Saved in demo: {', '.join(sorted(OUTPUTS))}"
 
 
 def test_history_has_a_row_per_epoch(demo):
     folder, _ = demo
-    with open(folder / "output/history.csv", newline="") as file:
+    with open(folder / "demo/history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert set(rows[0]) == {"epoch", "accuracy", "loss", "val_accuracy", "val_loss",
                             "learning_rate", "seconds"}
     assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
-    metrics = json.loads((folder / "output/metrics.json").read_text())
+    metrics = json.loads((folder / "demo/metrics.json").read_text())
     assert len(rows) == metrics["settings"]["epochs"] == 4
     rates = [float(row["learning_rate"]) for row in rows]  # at the start of each epoch
     highest = metrics["settings"]["learning_rate"]
@@ -410,17 +442,19 @@ def test_history_has_a_row_per_epoch(demo):
 
 def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
     folder, process = demo
-    metrics = json.loads((folder / "output/metrics.json").read_text())
+    metrics = json.loads((folder / "demo/metrics.json").read_text())
     precision = metrics["settings"].pop("precision")
-    assert metrics["settings"] == {"demo": True, "epochs": 4, "batch_size": 128,
-                                   "learning_rate": 0.006, "seed": 0}  # and no path of the user's
-    assert (metrics["processor"], precision) == script.find_hardware()  # the fastest here
+    assert metrics["settings"] == {  # and no path of the user's
+        "demo": True, "crop_faces": False, "epochs": 4, "batch_size": 128, "learning_rate": 0.006,
+        "seed": 0}
+    assert metrics["processor"] == script.hardware_name()
+    assert precision == script.fastest_precision()
     assert process.stdout.startswith(f"{metrics['processor']}, {precision}\n")
     assert metrics["seconds"] > sum(float(row["seconds"]) for row in csv.DictReader(
-        (folder / "output/history.csv").read_text().splitlines()))
+        (folder / "demo/history.csv").read_text().splitlines()))
     assert metrics["versions"] == {"python": ".".join(map(str, sys.version_info[:3])),
                                    "keras": keras.__version__, "tensorflow": tf.__version__}
-    network = folder / "output/emotion_recognition_cnn.keras"
+    network = folder / "demo/emotion_recognition_cnn.keras"
     parameters = keras.models.load_model(network).count_params()
     megabytes = round(network.stat().st_size / 1e6, 1)
     assert metrics["network"] == {"parameters": parameters, "megabytes": megabytes}
@@ -432,8 +466,8 @@ def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
 def test_saved_model_alone_gives_the_accuracy_of_the_best_epoch(demo, tmp_path):
     """The file is the best epoch's network, and it takes pixels as they are."""
     folder, _ = demo
-    model = keras.models.load_model(folder / "output/emotion_recognition_cnn.keras")
-    metrics = json.loads((folder / "output/metrics.json").read_text())
+    model = keras.models.load_model(folder / "demo/emotion_recognition_cnn.keras")
+    metrics = json.loads((folder / "demo/metrics.json").read_text())
     script.draw_faces(tmp_path, seed=0)
     data = script.load_data(tmp_path)
     keras.config.set_dtype_policy(metrics["settings"]["precision"])

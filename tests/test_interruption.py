@@ -3,6 +3,7 @@
 import shutil
 import signal
 import subprocess
+import time
 
 import keras
 import numpy as np
@@ -226,12 +227,37 @@ def test_a_demo_goes_on_with_the_same_faces(tmp_path, run_here, monkeypatch):
     monkeypatch.setattr(keras.Sequential, "fit", fit)
     few_faces = changed_script(tmp_path, ('"Training", 300)', '"Training", 6)'),
                                ('"PublicTest", 50)', '"PublicTest", 2)'))
-    for arguments in ("--demo", "--seed", 4), ("--resume",):
+    for arguments in ("--demo", "--seed", 4), ("--resume", "--output-dir", "demo"):
         process = run_here(*arguments, cwd=tmp_path, program=few_faces)
         assert process.returncode == 2
-        assert process.stderr == "error: output: enough of it; --resume goes on\n"
+        assert process.stderr == (
+            "error: demo: enough of it; --resume --output-dir demo goes on\n")
         assert "Drawing faces" in process.stdout and "42 training, 14 valid" in process.stdout
-        assert names(tmp_path / "output/unfinished") == {"checkpoint.npz"}
+        assert names(tmp_path / "demo/unfinished") == {"checkpoint.npz"}
+
+
+def test_a_demo_that_is_stopped_early_leaves_no_faces(tmp_path, monkeypatch):
+    """While it draws or reads them; they lie in the folder for temporary files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for line, folders in ("Drawing", 1), ("Reading", 2):
+        process = start("--demo", cwd=tmp_path)
+        while not process.stdout.readline().startswith(line):
+            pass
+        while len(list(tmp_path.glob("temporary/*/t*"))) < folders:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (130, "interrupted\n")
+        assert not list(tmp_path.glob("temporary/*")) and names(tmp_path) == {"temporary"}
+
+
+def test_a_metric_that_was_added_since_is_told(killed_run, tmp_path, run_here):
+    shutil.copytree(killed_run / "output", tmp_path / "output")
+    changed = changed_script(tmp_path, (
+        '"sparse_categorical_crossentropy",\n                  metrics=["accuracy"])',
+        '"sparse_categorical_crossentropy",\n                  metrics=["accuracy", "mae"])'))
+    assert_refused(run_here("--resume", cwd=tmp_path, program=changed), "the metrics changed since")
 
 
 def test_nothing_to_resume_gives_one_line(tmp_path, run_here):

@@ -7,7 +7,9 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -127,9 +129,8 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
     process = run("--predict", "cut.png", "album", "wall.png", "gone.png", cwd=tmp_path)
     assert process.returncode == 2, process.stderr
     lines = process.stdout.splitlines()
-    assert [line for line in lines if "face" not in line] == [
-        "  drawn in output/predictions/2_pair.emotions.jpg",
-        "  drawn in output/predictions/3_pair.emotions.jpg"]
+    drawn = [line.removeprefix("  drawn in ") for line in lines if "face" not in line]
+    assert len(set(drawn)) == 2  # both are of a photo with the name pair
     rows = [line for line in lines if "face" in line]
     for row, face in zip(rows, ["2/5 album/deep/pair.jpg, face 1: ", "3/5 album/pair.png, face 1: ",
                                 "3/5 album/pair.png, face 2: "], strict=True):
@@ -144,9 +145,9 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
     assert cut.startswith("error: cut.png cannot be read as an image: ")
     assert wall.startswith("wall.png: no face") and "--no-detect" in wall
     assert gone.startswith("error: gone.png ") and "No such file" in gone
-    pictures = sorted((tmp_path / "output/predictions").iterdir())
-    assert [file.name for file in pictures] == ["2_pair.emotions.jpg", "3_pair.emotions.jpg"]
-    assert all(min(Image.open(file).size) >= 480 for file in pictures)
+    assert sorted(drawn) == sorted(str(file.relative_to(tmp_path)) for file in (
+        tmp_path / "output/predictions").glob("pair-????????.emotions.jpg"))
+    assert all(min(Image.open(tmp_path / file).size) >= 480 for file in drawn)
 
 
 def test_ctrl_c_keeps_the_photos_that_are_done(untrained, tmp_path, monkeypatch, run_here):
@@ -167,7 +168,7 @@ def test_ctrl_c_keeps_the_photos_that_are_done(untrained, tmp_path, monkeypatch,
     rows = [row for row in process.stdout.splitlines() if ", face " in row]
     assert [row.partition(",")[0] for row in rows] == ["1/5 album/0.png", "2/5 album/1.png"]
     pictures = sorted((untrained / "predictions").iterdir())
-    assert [file.name for file in pictures] == ["1_0.emotions.jpg", "2_1.emotions.jpg"]
+    assert [file.name.partition("-")[0] for file in pictures] == ["0", "1"]
     assert all(Image.open(file).load() for file in pictures)
 
 
@@ -188,9 +189,24 @@ def test_a_photo_from_python_gives_what_json_prints(network, trained, astronaut,
             faces = script.classify_photo(photo, *network, detect=detect)
             faces = json.loads(json.dumps([{"file": str(path), **face} for face in faces]))
             assert len(faces) == 1 and faces == printed
-    grey = np.asarray(astronaut.convert("L"))
-    assert len(script.classify_photo(grey, *network)) == 1
     assert script.classify_photo(np.full((300, 300), 90, "uint8"), *network) == []
+    with open(path, "rb") as file:
+        assert len(script.classify_photo(file, *network)) == 1
+
+
+def test_arrays_as_keras_numpy_and_load_data_give_them(network, astronaut):
+    grey, colours = np.asarray(astronaut.convert("L")), keras.utils.img_to_array(astronaut)
+    assert colours.dtype == "float32" and colours.max() == 255
+    expected, = script.classify_photo(astronaut, *network)
+    assert script.classify_photo(colours, *network) == [expected]
+    assert script.classify_photo(colours.astype("float64") + 0.3 * (colours < 255),
+                                 *network) == [expected]  # rounded
+    expected, = script.classify_photo(grey, *network)
+    for array in grey[..., np.newaxis], grey.astype("float16"), grey[..., np.newaxis] * 1.0:
+        assert script.classify_photo(array, *network) == [expected]
+    of_load_data = np.zeros((48, 48, 1), "uint8")
+    assert len(script.classify_photo(of_load_data, *network)) == 1
+    assert len(script.classify_photo(of_load_data.astype("float32"), *network)) == 1
 
 
 def test_what_is_no_photo_is_told_from_python(network, tmp_path):
@@ -198,8 +214,64 @@ def test_what_is_no_photo_is_told_from_python(network, tmp_path):
     for photo in tmp_path / "gone.png", tmp_path / "x.png":
         with pytest.raises(script.InputError, match=f"^{photo} cannot be read"):
             script.classify_photo(photo, *network)
-    with pytest.raises(script.InputError, match="^this ndarray cannot be read .*f4$"):
-        script.classify_photo(np.ones((300, 300, 3), "float32"), *network)
+    for photo in None, 3, [[1, 2]], b"JPEG":
+        with pytest.raises(script.InputError, match=f"^this {type(photo).__name__} cannot be read "
+                           ".*: it must be a path, a PIL image or an array"):
+            script.classify_photo(photo, *network)
+
+
+@pytest.mark.parametrize("array", [
+    np.full((60, 60, 3), 0.5), np.full((60, 60), 256.0), np.full((60, 60), -3.0),
+    np.full((60, 60), np.nan), np.zeros((60, 60), "int64"), np.zeros((60, 60, 4), "uint8"),
+    np.zeros((1, 60, 60, 1), "uint8"), np.zeros(60, "uint8"), np.zeros((60, 60, 2), "uint8")],
+    ids=lambda array: f"{array.dtype} {array.shape} {array.max()}")
+def test_other_arrays_are_told_what_they_are(network, array):
+    with pytest.raises(script.InputError, match="^this ndarray cannot be read as an image: an "
+                       f"array must be .*; this one is {array.dtype} {array.shape[0]}"):
+        script.classify_photo(array, *network)
+
+
+def test_two_first_photos_in_two_threads_load_one_detector_and_leave_stderr_alone(
+        network, astronaut, monkeypatch):
+    """As in a web service, where a second photo comes while the detector is loaded."""
+    import mtcnn
+    detectors, MTCNN, both_wait = [], mtcnn.MTCNN, threading.Barrier(2)
+
+    def load():
+        assert sys.stderr is stderr
+        detectors.append(MTCNN())
+        return detectors[-1]
+
+    def classify(photo):
+        both_wait.wait()
+        return script.classify_photo(photo, *network)
+
+    stderr, hook = sys.stderr, sys.unraisablehook
+    monkeypatch.setattr(mtcnn, "MTCNN", load)
+    script.face_detector.cache_clear()
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(classify, [astronaut] * 2)
+    script.face_detector.cache_clear()
+    assert one == other and len(one) == 1 and len(detectors) == 1
+    assert sys.stderr is stderr and sys.unraisablehook is hook
+
+
+def test_packages_that_a_photo_does_not_need_may_be_missing(
+        untrained, astronaut, tmp_path, monkeypatch, capsys):
+    """One line tells what is missing for the others, and how to install it."""
+    for package in "mtcnn", "pi_heif", "scipy", "kagglehub":
+        monkeypatch.setitem(sys.modules, package, None)  # its import fails
+    pillow_heif.from_pillow(astronaut).save(tmp_path / "1.heic")
+    sad_face(tmp_path / "2.png")
+    astronaut.save(tmp_path / "3.jpg")
+    all_well, faces, errors = predict([tmp_path], untrained, capsys, detect=False)
+    assert not all_well and [face["file"][-5:] for face in faces] == ["2.png", "3.jpg"]
+    assert errors.count("\n") == 1 and "1.heic cannot be read" in errors
+    assert "pip install pi_heif" in errors
+    script.face_detector.cache_clear()
+    with pytest.raises(script.InputError, match="mtcnn .*pip install mtcnn"):
+        predict([tmp_path / "2.png", tmp_path / "3.jpg"], untrained, capsys)
+    assert json.loads(capsys.readouterr().out)["file"].endswith("2.png")  # a face already
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -303,8 +375,8 @@ def test_pictures_of_the_script_are_not_taken_for_photos(
         assert script.predict_emotions(["."], detect=False)
         rows, errors = capsys.readouterr()
         assert rows.startswith("1/1 loss.png, face 1: ")
-        assert [file.name for file in Path("output/predictions").iterdir()] == [
-            "1_loss.emotions.jpg"]
+        picture, = Path("output/predictions").iterdir()
+        assert picture.match("loss-????????.emotions.jpg")
 
 
 def test_pictures_never_overwrite_a_photo(untrained, capsys):
@@ -315,9 +387,46 @@ def test_pictures_never_overwrite_a_photo(untrained, capsys):
     before = [photo.read_bytes() for photo in photos]
     assert script.predict_emotions(photos, untrained)
     assert [photo.read_bytes() for photo in photos] == before
-    assert {file.name for file in (untrained / "predictions").glob("*.emotions.jpg")} == {
-        "1_face.emotions.jpg", "2_" + "n" * 50 + ".emotions.jpg"}
-    assert f"drawn in {untrained}/predictions/1_face.emotions.jpg\n" in capsys.readouterr().out
+    pictures = sorted((untrained / "predictions").glob("*.emotions.jpg"))
+    assert [file.name.partition("-")[0] for file in pictures] == ["face", "n" * 50]
+    assert f"drawn in {pictures[0]}\n" in capsys.readouterr().out
+
+
+def test_pictures_are_named_by_the_paths_of_their_photos(untrained, tmp_path, monkeypatch, capsys):
+    """Two calls with some of the same photos leave one picture a photo, in any order."""
+    for folder in "a", "b":
+        (tmp_path / folder).mkdir()
+        sad_face(tmp_path / folder / "face.png")
+    sad_face(tmp_path / "a/face.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert script.predict_emotions(["a/face.png", "b/face.png"], untrained)
+    assert script.predict_emotions([tmp_path / "b/face.png", "a"], untrained)
+    pictures = list((untrained / "predictions").iterdir())
+    assert len(pictures) == 3 and all(file.name.startswith("face-") for file in pictures)
+
+
+def test_a_picture_that_cannot_be_written_loses_no_photo(untrained, tmp_path, capsys):
+    (untrained / "predictions").write_text("no folder")
+    photos = [sad_face(tmp_path / name) for name in ("1.png", "2.png")]
+    assert not script.predict_emotions(photos, untrained)
+    rows, errors = capsys.readouterr()
+    assert [row.partition(",")[0] for row in rows.splitlines()] == [
+        f"1/2 {photos[0]}", f"2/2 {photos[1]}"]
+    assert errors.count("\n") == 2 and "drawn in" not in rows
+    for line in errors.splitlines():
+        assert line.startswith(f"error: {untrained}/predictions/") and "cannot be written" in line
+
+
+def test_a_pattern_that_names_no_file_is_expanded(untrained, tmp_path, monkeypatch, capsys):
+    """As the shell of Windows leaves it to the program."""
+    monkeypatch.chdir(tmp_path)
+    for name in "a.png", "b.png", "[c].png":
+        sad_face(name)
+    all_well, faces, errors = predict(["?.png", "[c].png"], untrained, capsys)
+    assert all_well and errors == ""
+    assert [face["file"] for face in faces] == ["a.png", "b.png", "[c].png"]
+    all_well, faces, errors = predict(["*.gif"], untrained, capsys)
+    assert not all_well and errors.startswith("error: *.gif cannot be read as an image")
 
 
 # --- Finding and framing faces --------------------------------------------------------------------
@@ -340,9 +449,10 @@ def test_faces_are_framed_as_those_of_the_dataset(detector):
     boxes = script.find_faces(Image.new("RGB", (600, 100)))
     assert boxes == [(5, 21, 55, 71), (55, 21, 105, 71)]  # from left to right
     assert asked.shape == (100, 600, 3)
-    asked = detector([10, 20, 40, 52])
-    assert script.find_faces(Image.new("RGB", (6400, 1000))) == [(25, 105, 275, 355)]
-    assert asked.shape == (200, 1280, 3)  # it saw a fifth of the photo
+    for size, searched in ((6400, 4800), (960, 1280, 3)), ((12800, 2400), (480, 2560, 3)):
+        asked = detector([10, 20, 40, 52])
+        assert script.find_faces(Image.new("RGB", size)) == [(25, 105, 275, 355)]
+        assert asked.shape == searched  # a fifth of the photo, and as many pixels of each shape
     detector([25, 10, 60, 80])
     assert script.find_faces(Image.new("RGB", (100, 100))) == [(0, 0, 100, 100)]
     assert script.find_faces(Image.new("RGB", (130, 100))) == [(18, 12, 92, 88)]
@@ -351,6 +461,14 @@ def test_faces_are_framed_as_those_of_the_dataset(detector):
     assert script.find_faces(Image.new("RGB", (100, 100))) == []
     assert script.find_faces(Image.new("RGB", (64, 65))) == []
     assert script.find_faces(Image.new("RGB", (64, 64))) == [(0, 0, 64, 64)]  # too little to detect
+
+
+def test_a_small_face_in_a_panorama_is_found(astronaut):
+    """As README says: from 20 pixels on in a photo of 1.2 megapixels, here 63."""
+    panorama = Image.new("RGB", (8000, 1500), "grey")
+    panorama.paste(astronaut.crop((70, 0, 370, 300)).resize((280, 280)), (5000, 600))
+    (left, top, right, bottom), = script.find_faces(panorama)  # MTCNN's box is of 77 pixels
+    assert 5080 < left < right < 5230 and 630 < top < bottom < 790
 
 
 def test_a_face_beyond_the_edge_of_the_photo_repeats_the_edge():
@@ -565,8 +683,7 @@ def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
     assert all_read and errors == f"no network in output yet: predicting with {shipped}\n"
     for output_dir in "output", "elsewhere":
         assert script.predict_emotions([face], output_dir, detect=False)
-        assert [file.name for file in Path(output_dir, "predictions").iterdir()] == [
-            "1_face.emotions.jpg"]
+        assert len(list(Path(output_dir, "predictions").glob("face-*.emotions.jpg"))) == 1
 
     shipped.write_bytes(b"not a network")
     with pytest.raises(script.InputError, match=f"^{shipped} is .*network of this script"):

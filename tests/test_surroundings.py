@@ -13,11 +13,12 @@ import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import keras
 import numpy as np
 import pytest
 from conftest import (
-    EMOTIONS, OUTPUTS, ROOT, RUN, SCRIPT, assert_same_run, kept_history, make_dataset, script,
-    start, wait_for_checkpoint)
+    EMOTIONS, OUTPUTS, ROOT, RUN, SCRIPT, assert_same_run, kept_history, make_dataset,
+    read_history, script, start, wait_for_checkpoint)
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def odd_settings(tmp_path, monkeypatch):
         "text.usetex: True\nfont.size: 40\n")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("KERAS_MAX_EPOCHS", "1")
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")  # other digits, and 60 times slower in bfloat16
     monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
     # Jupyter's, whose package the Python of this process may have and this one has not.
     monkeypatch.setenv("MPLBACKEND", "module://no_such_package.backend_inline")
@@ -115,21 +117,26 @@ def test_run_in_a_notebook_leaves_its_settings_alone(tmp_path, monkeypatch, capf
     assert signal.getsignal(signal.SIGINT) is handler and warnings.filters == filters
 
 
+def test_a_gpu_is_shared_with_other_programs():
+    """Such as the kernel of the notebook in which the script is run."""
+    assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+
+
 def code_of_readme(word):
     """Return the first block of Python in the README that holds a word."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     return next(block for block in blocks if word in block)
 
 
-def test_notebook_of_the_readme_and_again_in_a_thread(
-        small_dataset, tmp_path, monkeypatch, capfd):
-    """With other images the second time, in the same process: nothing of the first is left."""
+def test_python_of_the_readme_gives_what_the_command_line_gives(
+        small_dataset, whole_run, tmp_path, monkeypatch, capfd):
+    """And again in a thread with other images, in the same process: nothing of the first is left."""
     train_model = script.train_model
-    monkeypatch.setattr(
-        script, "train_model",
-        lambda model, data, **settings: train_model(model, data, **settings | {"epochs": 1}))
+    monkeypatch.setattr(script, "train_model", lambda model, data, epochs: train_model(
+        model, data, epochs, batch_size=16))  # as in the run from the command line
     code = code_of_readme("train_model(")
-    assert len(code.splitlines()) <= 12
+    assert code.count("epochs = 44") == 1
+    code = code.replace("epochs = 44", "epochs = 2")
 
     def run_code(folder):
         monkeypatch.chdir(folder)
@@ -144,13 +151,24 @@ def test_notebook_of_the_readme_and_again_in_a_thread(
         folder = tmp_path / f"with {images[0]} images"
         folder.mkdir()
         shutil.copytree(data_dir, folder / "data")
-        with ThreadPoolExecutor(1) as pool:
-            names = run_code(folder) if images[0] == 42 else pool.submit(run_code, folder).result()
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                names = run_code(folder) if images[0] == 42 else pool.submit(
+                    run_code, folder).result()
+        finally:
+            keras.config.set_dtype_policy("float32")
         data, scores, probabilities = names["data"], names["scores"], names["probabilities"]
         assert data.emotions == EMOTIONS
         parts = data.training, data.validation, data.test
         assert tuple(len(part.images) for part in parts) == images
-        assert names["history"]["epoch"] == [1] and probabilities.shape == (images[2], 7)
+        history = names["history"]
+        assert history["epoch"] == [1, 2] and probabilities.shape == (images[2], 7)
+        if images[0] == 42:
+            del history["seconds"]
+            assert [dict(zip(history, row)) for row in zip(*history.values())] == read_history(
+                whole_run / "output")
+            metrics = json.loads((whole_run / "output/metrics.json").read_text())["test"]
+            assert scores["loss"] == metrics["loss"]
         assert scores["accuracy"] == np.mean(probabilities.argmax(axis=1) == data.test.labels)
         assert [face["face"] for face in names["faces"]] == [1]
         assert {path.name for path in (folder / "output").iterdir()} >= {

@@ -79,7 +79,7 @@ def test_defaults_in_python_belong_together_and_are_those_of_the_command_line():
     of_training = {name: parameter.default for name, parameter
                    in inspect.signature(script.train_model).parameters.items()}
     assert dropout_rates(script.create_CNN(7)) == pytest.approx(
-        dropout_rates(script.create_CNN(7, dropout=of_training["epochs"] / 88)))
+        dropout_rates(script.create_CNN(7, of_training["epochs"])))
     options = script.parse_command_line([])
     assert options.epochs is None and of_training["epochs"] == script.EPOCHS
     for name in "batch_size", "learning_rate", "seed":
@@ -115,10 +115,10 @@ def test_bfloat16_only_where_the_processor_is_faster_with_it(
     (tmp_path / "cpuinfo").write_text(
         f"vendor_id\t: {vendor}\nmodel name\t: Tester 1\nflags\t\t: {flags}\n")
     monkeypatch.setattr(script, "Path", {"/proc/cpuinfo": tmp_path / "cpuinfo"}.get)
-    assert script.find_hardware() == ("Tester 1", expected)
+    assert (script.hardware_name(), script.fastest_precision()) == ("Tester 1", expected)
     (tmp_path / "cpuinfo").unlink()  # as on a Mac
-    name, precision = script.find_hardware()
-    assert name and name != "Tester 1" and precision == "float32"
+    assert script.hardware_name() not in ("", "Tester 1")
+    assert script.fastest_precision() == "float32"
 
 
 @pytest.mark.parametrize(("details", "expected"), [
@@ -129,7 +129,7 @@ def test_bfloat16_only_where_the_processor_is_faster_with_it(
 def test_float16_only_on_gpus_that_have_tensor_cores(monkeypatch, details, expected):
     monkeypatch.setattr(script.tf.config, "list_physical_devices", lambda kind: ["a GPU"])
     monkeypatch.setattr(script.tf.config.experimental, "get_device_details", lambda gpu: details)
-    assert script.find_hardware() == expected
+    assert (script.hardware_name(), script.fastest_precision()) == expected
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
@@ -229,7 +229,7 @@ def test_images_of_64_pixels_are_learned_and_the_18_views_fit_them(tmp_path, cap
     data = larger.load_data(make_dataset(tmp_path / "data", 12, 2, 8, draw))
     assert data.training.images.shape == (84, 64, 64, 1)
     keras.utils.set_random_seed(0)
-    model = larger.create_CNN(7, dropout=0)
+    model = larger.create_CNN(7, epochs=3)
     larger.train_model(model, data, epochs=3, batch_size=14)
     scores, _ = larger.evaluate_model(model, data)
     assert scores["single_image_accuracy"] > 0.5  # by chance, it would be 0.14
@@ -342,10 +342,10 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(
     assert script.load_checkpoint(checkpoint)[0]["history"] == {"epoch": []}
 
 
-def test_ranges_that_are_lists_or_tuples_resume(data, tmp_path, monkeypatch, no_plots):
+def test_ranges_that_are_tuples_resume(data, tmp_path, monkeypatch, no_plots):
     """JSON knows no tuples, and would give back a list."""
     monkeypatch.setattr(script, "AUGMENTATION", {
-        "zoom_range": (0.9, 1.1), "width_shift_range": [-2, 0, 2]})
+        "zoom_range": (0.9, 1.1), "width_shift_range": 0.1})
     with monkeypatch.context() as patch, pytest.raises(Interruption):
         interrupt(patch, checkpoints=1)
         train(small_network(), data, checkpoint=tmp_path / "run.npz")

@@ -119,7 +119,7 @@ def measure(name, seed, options):
     with contextlib.redirect_stdout(io.StringIO()):
         start = time.perf_counter()
         data = script.load_data(options.data_dir)
-        model = script.create_CNN(len(data.emotions), min(options.epochs / 88, 1))
+        model = script.create_CNN(len(data.emotions), options.epochs)
         script.train_model(model, data, options.epochs, seed=seed)
         seconds = time.perf_counter() - start
         scores, _ = script.evaluate_model(model, data._replace(test=data.validation))

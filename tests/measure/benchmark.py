@@ -162,8 +162,7 @@ def main():
         contend(options.contender, options.data_dir, options.precision, options.seconds)
         return
 
-    processor, fastest = script.find_hardware()
-    precision = options.precision or fastest
+    precision = options.precision or script.fastest_precision()
     names = ["script", "ceiling", "plain Keras"]
     if importlib.util.find_spec("torch"):
         names += ["PyTorch eager", "PyTorch tuned", "PyTorch augmented"]
@@ -172,7 +171,7 @@ def main():
             script.draw_faces(drawings, 0)
         rates = compare(names, options.data_dir or drawings, precision, options.rounds,
                         options.seconds)
-    print(f"\n{processor}, {precision}, batch size {script.BATCH_SIZE}, "
+    print(f"\n{script.hardware_name()}, {precision}, batch size {script.BATCH_SIZE}, "
           f"{options.rounds} rounds of {options.seconds:.0f} s\n")
     print_table(rates)
 
