@@ -259,7 +259,8 @@ def read_faces(paths, crop_faces):
 
     faces, large = [], 0
     progress = keras.utils.Progbar(len(paths), verbose=1 if sys.stdout.isatty() else 0)
-    with ThreadPoolExecutor(8) as threads:  # a network drive waits for each file
+    # A network drive waits for each file; MTCNN takes all cores for a single one.
+    with ThreadPoolExecutor(1 if crop_faces else 8) as threads:
         for face, is_large in threads.map(read, paths):
             faces.append(face)
             large += is_large

@@ -196,7 +196,7 @@ def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, figures):
 
 @pytest.mark.parametrize("key", ["font.family", "font.sans-serif"])
 def test_fonts_of_the_user_stand_in_for_letters_that_matplotlibs_has_not(tmp_path, key, recwarn):
-    """As Chinese users name theirs in matplotlibrc; STIX, which comes with Matplotlib, stands in."""
+    """As Chinese users name theirs in matplotlibrc; STIX comes with Matplotlib."""
     letter = "\u1d81"  # a letter d with a hook, which DejaVu Sans has not
     history = {"epoch": [1], letter: [0.3], "val_" + letter: [0.4], "val_accuracy": [0.4]}
     with matplotlib.rc_context({key: ["STIXGeneral"]}):

@@ -33,7 +33,7 @@ def odd_settings(tmp_path, monkeypatch):
         "text.usetex: True\nfont.size: 40\n")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("KERAS_MAX_EPOCHS", "1")
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")  # other digits, and 60 times slower in bfloat16
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")  # it gives other digits
     monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
     # Jupyter's, whose package the Python of this process may have and this one has not.
     monkeypatch.setenv("MPLBACKEND", "module://no_such_package.backend_inline")
@@ -130,7 +130,7 @@ def code_of_readme(word):
 
 def test_python_of_the_readme_gives_what_the_command_line_gives(
         small_dataset, whole_run, tmp_path, monkeypatch, capfd):
-    """And again in a thread with other images, in the same process: nothing of the first is left."""
+    """And again in a thread with other images: nothing of the first is left."""
     train_model = script.train_model
     monkeypatch.setattr(script, "train_model", lambda model, data, epochs: train_model(
         model, data, epochs, batch_size=16))  # as in the run from the command line
