@@ -1,13 +1,13 @@
 """Train a small convolutional network to recognise facial emotions in FER-2013.
 
-    python emotion_recognition_cnn.py           FER-2013, from data/ or downloaded
-    python emotion_recognition_cnn.py --demo    drawn faces, nothing to download
-    python emotion_recognition_cnn.py --predict PHOTO    classify faces with what was trained
+    python emotion_recognition_cnn.py           train on FER-2013, from data/ or downloaded
+    python emotion_recognition_cnn.py --demo    train on drawn faces; nothing is downloaded
+    python emotion_recognition_cnn.py --predict PHOTO    classify the faces in a photo
 
-The network is two convolution blocks, flatten, two dense layers.  Its best epoch is chosen on the
-PublicTest images and evaluated once on the PrivateTest images: after 44 epochs, the default, 70.1 %
-of them are classified correctly (mean of three seeds, two processor cores; see docs/RESULTS.md).
-Plots, scores and the network are left in output/.
+The network has two convolution blocks and two dense layers.  The script chooses the best epoch on
+the PublicTest images and evaluates it once on the PrivateTest images.  After 44 epochs, the
+default, it classifies 70.1 % of them correctly (mean of three seeds on two CPU cores; see
+docs/RESULTS.md).  Plots, scores and the network are saved in output/.
 
 FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arXiv:1307.0414.
 """
@@ -35,20 +35,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# False if imported, or run in a notebook with %run.  Asked before Keras, which imports IPython.
+# False if imported, or run in a notebook with %run.  Keras imports IPython, so this comes first.
 IS_PROGRAM = __name__ == "__main__" and "IPython" not in sys.modules
 if IS_PROGRAM:
-    os.environ["MPLBACKEND"] = "agg"  # Jupyter names its own to all programs that it starts
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: in the background
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without traceback
+    warnings.simplefilter("ignore")
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE's stdout does not need it
+        # Print each line at once.  If a terminal lacks a character, print its number.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter sets its own backend for every program it starts
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 os.environ["KERAS_BACKEND"] = "tensorflow"
 # Without oneDNN, bfloat16 is up to 60 times slower, and TensorFlow's own messages suggest 0.
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# By default, TensorFlow takes all the memory of a GPU, which other notebooks may use as well.
+# By default, TensorFlow takes all memory of the GPU, which a notebook's kernel may use as well.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
-# TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL: stderr leads nowhere meanwhile.
+# TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL: discard what it writes to stderr.
 stderr_copy = os.dup(2)
 with open(os.devnull, "w") as devnull:
     os.dup2(devnull.fileno(), 2)
@@ -67,132 +71,146 @@ finally:
     os.dup2(stderr_copy, 2)
     os.close(stderr_copy)
 
-tf.get_logger().setLevel("ERROR")  # it warns when several networks are traced, one after another
-# A user's keras.json may say otherwise.
+tf.get_logger().setLevel("ERROR")  # no warning when several networks are traced in one process
+# A user's keras.json may contain other values.
 keras.config.set_image_data_format("channels_last")
 keras.config.set_floatx("float32")
 keras.config.set_epsilon(1e-7)
 
 SIZE = 48  # pixels: height and width of the images of FER-2013
-LARGEST_CROP = 64  # pixels: images of up to this size are faces, cut out already
-PIXELS_TO_SEARCH = 1280 * 960  # larger photos are scaled to this area, in which faces are searched
-# Arguments of ImageDataGenerator, for the training images alone: any of those in AFFINE.
+EPOCHS = 44
+BATCH_SIZE = 128
+LEARNING_RATE = 0.006  # initial learning rate; decays to 0 along a cosine
+WEIGHT_DECAY = 0.004
+# Arguments of ImageDataGenerator for the training images.  Only affine transforms are supported.
 AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_range": 0.1,
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_range",
-          "height_shift_range", "shear_range", "zoom_range"}  # shifts as shares of the image
-EPOCHS = 44
-BATCH_SIZE = 128
-LEARNING_RATE = 0.006
-PROGRESS = 1 if sys.stdout.isatty() else 2  # `verbose` of fit(): a bar, or a line per epoch
+          "height_shift_range", "shear_range", "zoom_range"}
+VERBOSE = 1 if sys.stdout.isatty() else 2  # of fit(): a progress bar, or one line per epoch
 
-NETWORK = "emotion_recognition_cnn.keras"
-CHECKPOINT = "checkpoint.npz"
+NETWORK_FILE = "emotion_recognition_cnn.keras"
+CHECKPOINT_FILE = "checkpoint.npz"
+UNFINISHED_RUN = ("{} contains an unfinished run. If it was interrupted, continue it with --resume "
+                  "or delete the folder. If it is still running, choose another --output-dir")
 
-# Pillow recognises videos and scientific data, too, but cannot decode them.
-IMAGE_ENDINGS = {".heic", ".heif"} | {
-    ending for ending, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")}
-# Pillow refuses more than twice this; phones take photos of 200 megapixels.
-Image.MAX_IMAGE_PIXELS = 125_000_000
+# Pillow recognises these formats, too, but cannot decode them.
+NOT_DECODED = "BUFR", "GRIB", "HDF5", "MPEG"
+IMAGE_EXTENSIONS = {".heic", ".heif"} | {
+    extension for extension, name in Image.registered_extensions().items()
+    if name in Image.OPEN and name not in NOT_DECODED}
+Image.MAX_IMAGE_PIXELS = 125_000_000  # Pillow accepts twice as many; phones take 200 megapixels
 
-# From the palette of Okabe and Ito: colour-blind readers can tell these apart.
+LARGEST_CROP = 64  # pixels: an image of up to this size is taken for a face without detection
+DETECTION_PIXELS = 1280 * 960  # a larger photo is scaled down to this area to find its faces
+
+# Colours that colour-blind readers can distinguish, from the palette of Okabe and Ito.
 BLUE, VERMILION, SKY_BLUE = "#0072B2", "#D55E00", "#56B4E9"
-BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes that show an image, and no scale
+NO_AXES = {"xticks": [], "yticks": [], "frame_on": False}  # for axes that only show an image
 
 
 class InputError(Exception):
-    """Something that the user can mend: one line that names it and says what to do."""
+    """An error that the user can fix.  The message is one line that says what to do."""
 
 
-def optional_package(name, purpose):
-    """Return a package that only a part of the script needs; InputError if it is not installed."""
+def import_optional(package, purpose):
+    """Import a package that only `purpose` needs; raise InputError if it is not installed."""
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(package)
     except ImportError as error:
-        raise InputError(f"{purpose} needs the package {name} ({error}): install it with "
-                         f"pip install {name}") from error
+        raise InputError(f"{purpose} needs the package {package} ({error}). Install it with "
+                         f"pip install {package}") from error
 
 
 # --- Data -----------------------------------------------------------------------------------------
 class LabelledImages(NamedTuple):
-    """Images and what they show."""
+    """Images and their labels."""
 
     images: np.ndarray  # uint8, n x 48 x 48 x 1
     labels: np.ndarray  # int, n: indices into the emotions
-    clean: np.ndarray  # bool, n; of test images: False where the same image is also in train/
+    clean: np.ndarray  # bool, n: False for images that are also in train/
 
 
 class Data(NamedTuple):
     """A dataset in memory."""
 
     emotions: list  # names, sorted
-    augmentation: ImageDataGenerator  # draws the transforms of the training images
+    augmentation: ImageDataGenerator  # of the training images
     training: LabelledImages
     validation: LabelledImages
     test: LabelledImages
 
 
 def find_dataset():
-    """Return data/, or FER-2013 downloaded into kagglehub's cache; InputError where that fails."""
+    """Return data/ if it exists; otherwise download FER-2013 once, into the cache of kagglehub.
+
+    Raises InputError if the download fails.
+    """
     if Path("data").exists():
         return "data"
     try:
-        kagglehub = optional_package("kagglehub", "the download")
-        # With its version, a copy in the cache is found without a network, too.
+        kagglehub = import_optional("kagglehub", "the download")
+        # With a version number, kagglehub finds a copy in its cache without a network.
         return kagglehub.dataset_download("msambare/fer2013/versions/1")
-    except Exception as error:  # from any layer: network, HTTP status, archive, disk, cache
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    except Exception as error:  # many kinds: network, HTTP status, archive, disk, cache
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # in one line
         raise InputError(
-            f"no data/ folder, and no download of FER-2013 ({reason}). Ways on: get "
-            "https://www.kaggle.com/datasets/msambare/fer2013 by hand and unpack it into data/, "
-            "name its folder with --data-dir, or try drawn faces with --demo") from error
+            f"there is no data/ folder, and FER-2013 could not be downloaded ({reason}). Download "
+            "https://www.kaggle.com/datasets/msambare/fer2013 and unpack it into data/, name "
+            "another folder with --data-dir, or train on drawn faces with --demo") from error
 
 
 def find_folders(data_dir):
-    """Return the folders of training, validation (if there is one) and test images."""
+    """Return the folders of the training, validation and test images in `data_dir`.
+
+    The folder of validation images, which may be called val, valid or validation, is optional.
+    Raises InputError if another folder is missing.
+    """
     validation = [data_dir / name for name in ("val", "valid", "validation")
                   if (data_dir / name).is_dir()]
+    if len(validation) > 1:
+        raise InputError(f"{validation[0]} and {validation[1]} both exist. Remove one of them")
     folders = data_dir / "train", *validation, data_dir / "test"
     for folder in folders:
         if not folder.is_dir():
-            holds = sorted(path.name for path in data_dir.glob("*"))[:8]
-            raise InputError(f"{folder} is missing: name the folder that holds train/ and test/, "
-                             f"unpacked, with --data-dir; {data_dir} holds {holds}")
-    if len(validation) > 1:
-        raise InputError(f"{validation[0]} and {validation[1]} both exist: keep one of them")
+            names = sorted(path.name for path in data_dir.glob("*"))[:8]
+            raise InputError(f"{folder} is missing. Name the unpacked folder that contains train/ "
+                             f"and test/ with --data-dir; {data_dir} contains {names}")
     return folders
 
 
 def find_emotions(folders):
-    """Return the names of the folders in each of `folders`, sorted.
+    """Return the sorted names of the subfolders, one per emotion.
 
-    Raises InputError if these are not the same in all, too few or cannot be printed.
+    Raises InputError if `folders` have different subfolders, or if a name cannot be printed.
     """
     names = [{path.name for path in folder.glob("[!.]*") if path.is_dir()} for folder in folders]
     for folder, found in zip(folders, names):
         missing = set.union(*names) - found
         if missing:
-            raise InputError(f"{folder / min(missing)} is missing: "
-                             f"{' and '.join(f'{folder.name}/' for folder in folders)} must hold "
+            raise InputError(f"{folder / min(missing)} is missing. All of "
+                             f"{', '.join(f'{folder.name}/' for folder in folders)} must contain "
                              "the same folders, one per emotion")
     emotions = sorted(names[0])
     if len(emotions) < 2:
-        raise InputError(f"{folders[0]} must hold a folder for each of two or more emotions")
+        raise InputError(f"{folders[0]} must contain at least two folders, one per emotion")
     if not "".join(emotions).isprintable():
-        raise InputError(f"{folders[0]} holds a folder whose name cannot be printed: {emotions}")
+        raise InputError(f"{folders[0]} contains a folder whose name cannot be printed: {emotions}")
     return emotions
 
 
 def find_images(folder):
-    """Return the images in a folder, however deep, sorted; count on stderr what else is there."""
-    visible = [path for path in sorted(folder.rglob("*")) if path.is_file()
-               and not any(name.startswith(".") for name in path.relative_to(folder).parts)]
-    images = [path for path in visible if path.suffix.lower() in IMAGE_ENDINGS]
-    if len(images) < len(visible):
-        endings = sorted({path.suffix for path in visible} - {path.suffix for path in images})
-        print(f"{folder}: {len(visible) - len(images)} of {len(visible)} files passed over, no "
-              f"images by their endings ({', '.join(endings)})", file=sys.stderr)
+    """Return the images in a folder and its subfolders, sorted, without hidden files.
+
+    Prints to stderr how many files were skipped because they are not images.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()
+             and not any(name.startswith(".") for name in path.relative_to(folder).parts)]
+    images = [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
+    if len(images) < len(files):
+        others = sorted({path.suffix for path in files} - {path.suffix for path in images})
+        print(f"{folder}: skipped {len(files) - len(images)} of {len(files)} files that are not "
+              f"images ({', '.join(others)})", file=sys.stderr)
     return images
 
 
@@ -200,22 +218,22 @@ def to_uint8(array):
     """Return an image (H x W, H x W x 1 or H x W x 3; uint8, or floats from 0 to 255) as uint8."""
     if array.shape[2:] == (1,):
         array = array[:, :, 0]
-    has_pixels = array.ndim == 2 or array.shape[2:] == (3,)
-    highest = array.max(initial=0)  # floats of up to 1 are scaled to another range
+    has_shape = array.ndim == 2 or array.shape[2:] == (3,)
+    highest = array.max(initial=0)  # floats of up to 1 have been scaled to another range
     if np.issubdtype(array.dtype, np.floating) and (highest == 0 or 1 < highest <= 255):
         array = array.round().astype("uint8") if array.min(initial=0) >= 0 else array
-    if not has_pixels or array.dtype != "uint8":
+    if not has_shape or array.dtype != "uint8":
         raise ValueError("an array must be H x W, H x W x 1 or H x W x 3 (RGB), of uint8 or of "
-                         f"floats from 0 to 255; this one is {array.dtype} "
+                         f"floats from 0 to 255; this one is {array.dtype}, "
                          f"{' x '.join(map(str, array.shape))}")
     return array
 
 
 def open_image(photo):
-    """Return a photo upright, as a PIL image in RGB.
+    """Return a photo as an upright PIL image in RGB.
 
-    Takes a path, an open file, a PIL image or an array as `to_uint8` does.  Raises InputError if it
-    is none of these or cannot be read.
+    Takes a path, an open file, a PIL image, or an array (H x W, H x W x 1 or H x W x 3 in RGB; of
+    uint8, or of floats from 0 to 255).  Raises InputError if it cannot be read.
     """
     try:
         if isinstance(photo, np.ndarray):
@@ -223,91 +241,92 @@ def open_image(photo):
         elif isinstance(photo, Image.Image):
             image = photo
         elif isinstance(photo, (str, os.PathLike)) or hasattr(photo, "read"):
-            if str(photo).lower().endswith((".heic", ".heif")):  # of iPhones
-                optional_package("pi_heif", "opening it").register_heif_opener()
+            if str(photo).lower().endswith((".heic", ".heif")):  # photos of iPhones
+                import_optional("pi_heif", "opening it").register_heif_opener()
             image = Image.open(photo)
         else:
             raise TypeError("it must be a path, a PIL image or an array")
         if image.mode.startswith(("I", "F")):
-            raise ValueError("it has more than 8 bits a channel: convert it")
+            raise ValueError("it has more than 8 bits per channel. Convert it")
         image.load()
-        with contextlib.suppress(Exception):  # where only the Exif data are damaged
+        with contextlib.suppress(Exception):  # damaged Exif data do not matter
             image = ImageOps.exif_transpose(image)
         return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds on a broken file
+    except Exception as error:  # for a broken file, Pillow raises many kinds
         name = photo if isinstance(photo, (str, Path)) else f"this {type(photo).__name__}"
         reason = " ".join(str(error).split())  # in one line
         raise InputError(f"{name} cannot be read as an image: {reason}") from error
 
 
 def face_pixels(face):
-    """Return the picture of a face (PIL image) as the network sees it: 48 x 48, grey, uint8."""
+    """Return the image of a face (PIL image) as input of the network (uint8, 48 x 48, grey)."""
     return np.asarray(face.convert("L").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 
 
 def read_faces(paths, crop_faces):
-    """Read images as the network sees them: a list of arrays (uint8, 48 x 48).
+    """Read images as inputs of the network; return a list of arrays (uint8, 48 x 48).
 
-    With `crop_faces`, cuts out the largest face of each; None stands for an image without one.
+    With `crop_faces`, each array is the largest face in its image, or None if there is no face.
     """
     def read(path):
         photo = open_image(path)
-        boxes = find_faces(photo) if crop_faces else [(0, 0, *photo.size)]
-        largest = max(boxes, key=lambda box: box[2] - box[0], default=None)
-        face = cut_out(np.asarray(photo), largest) if largest else None
-        return face, max(photo.size) > LARGEST_CROP
+        if not crop_faces:
+            return face_pixels(photo), max(photo.size) > LARGEST_CROP
+        box = max(find_faces(photo), key=lambda box: box[2] - box[0], default=None)
+        return None if box is None else cut_out(np.asarray(photo), box), False
 
     faces, large = [], 0
     progress = keras.utils.Progbar(len(paths), verbose=1 if sys.stdout.isatty() else 0)
-    # A network drive waits for each file; MTCNN takes all cores for a single one.
+    # A network drive makes each file wait.  MTCNN uses all cores for a single image.
     with ThreadPoolExecutor(1 if crop_faces else 8) as threads:
         for face, is_large in threads.map(read, paths):
             faces.append(face)
             large += is_large
             progress.add(1)
-    if large and not crop_faces:
-        print(f"{large:,} of {len(paths):,} images are larger than {LARGEST_CROP} pixels and are "
-              "scaled as they are: if they show more than a face, use --crop-faces")
+    if large:
+        print(f"{large:,} of {len(paths):,} images are larger than {LARGEST_CROP} pixels. They are "
+              "scaled down whole; if they show more than a face, use --crop-faces")
     return faces
 
 
-def read_images(folder, emotions, crop_faces=False):
-    """Read the images in the folders of the emotions, which lie in `folder`.
+def read_images(folder, emotions, crop_faces):
+    """Read the images in the subfolders of `folder`, one subfolder per emotion.
 
-    With `crop_faces`, cuts out the largest face of each, and skips images without one.  Returns
-    paths, images (uint8, n x 48 x 48 x 1) and labels (int, n).  Raises InputError where an emotion
-    has no images or an image cannot be read.
+    With `crop_faces`, cuts out the largest face of each image and skips images without a face.
+    Returns paths, images (uint8, n x 48 x 48 x 1) and labels (int, n).  Raises InputError if an
+    image cannot be read, or if there are no images of an emotion.
     """
     paths, labels = [], []
     for label, emotion in enumerate(emotions):
         found = find_images(folder / emotion)
         if not found:
-            raise InputError(f"{folder / emotion} holds no images, such as .jpg or .png")
+            raise InputError(f"{folder / emotion} contains no images, such as .jpg or .png")
         paths += found
         labels += [label] * len(found)
     faces = read_faces(paths, crop_faces)
     kept = [i for i, face in enumerate(faces) if face is not None]
     if len(kept) < len(paths):
-        print(f"{folder}: skipped {len(paths) - len(kept):,} of {len(paths):,} images, in which no "
+        print(f"{folder}: skipped {len(paths) - len(kept):,} of {len(paths):,} images because no "
               "face was found")
     labels = np.array(labels)[kept]
-    without = set(range(len(emotions))) - set(labels)
-    if without:
-        raise InputError(f"{folder / emotions[min(without)]}: no face was found in any image")
+    without_faces = set(range(len(emotions))) - set(labels)
+    if without_faces:
+        raise InputError(f"{folder / emotions[min(without_faces)]}: no face was found in any image")
     return [paths[i] for i in kept], np.stack([faces[i] for i in kept])[..., np.newaxis], labels
 
 
 def split(part, chosen):
-    """Return LabelledImages in two parts: those chosen by a mask (bool, n), and the others."""
+    """Split LabelledImages in two: those chosen by a mask (bool, n), and the others."""
     return (LabelledImages(*(array[chosen] for array in part)),
             LabelledImages(*(array[~chosen] for array in part)))
 
 
 def hold_out_validation(training, test, test_paths):
-    """Return training, validation and test images, where there is no folder for validation.
+    """Return training, validation and test images for a dataset without a validation folder.
 
-    These are the PublicTest images of test/.  Where file names do not tell these, they are every
-    tenth image of each emotion in train/.
+    The validation images are the PublicTest images of test/.  If the file names of test/ do not
+    distinguish these from PrivateTest images, they are every tenth image of each emotion in train/.
+    Raises InputError if only some names do, or if train/ is too small.
     """
     prefixes = np.array([path.name.partition("_")[0] for path in test_paths])
     is_official = np.isin(prefixes, ("PublicTest", "PrivateTest"))
@@ -317,36 +336,26 @@ def hold_out_validation(training, test, test_paths):
                          "remove it")
     if set(prefixes) == {"PublicTest", "PrivateTest"}:
         return training, *split(test, prefixes == "PublicTest")
-    print("test/ does not tell PublicTest from PrivateTest images by name: a tenth of train/ is "
-          "held out for validation, all of test/ is the test set")
-    # Counted from 0 in each emotion; never the first, as it may be the only one.
+    print("The file names in test/ do not distinguish PublicTest from PrivateTest images: a tenth "
+          "of train/ is held out for validation, and all of test/ is the test set")
+    # Numbered from 0 in each emotion.  Never the first image, which may be the only one.
     number = np.concatenate([np.arange(count) for count in np.bincount(training.labels)])
     validation, training = split(training, number % 10 == 1)
     if not len(validation.images):
-        raise InputError("train/ holds too few images to hold some out")
+        raise InputError("train/ contains too few images to hold some out for validation")
     return training, validation, test
 
 
-def check_augmentation():
-    """Raise InputError if AUGMENTATION holds what `random_transforms` does not draw."""
-    for name, value in AUGMENTATION.items():
-        if name not in AFFINE:
-            raise InputError(f"AUGMENTATION: {name} is not affine: make it a layer in create_CNN")
-        if "shift" in name and not (np.isscalar(value) and 0 <= value < 1):
-            raise InputError(f"AUGMENTATION: {name} must be a share of the image, such as 0.1")
-
-
 def load_data(data_dir, crop_faces=False):
-    """Load FER-2013, or a dataset of the same layout, into memory.
+    """Load FER-2013, or a dataset with the same layout, into memory; return Data.
 
-    The emotions are the folders of train/, as in Keras's flow_from_directory.  Validation is val/,
-    valid/ or validation/; without these, as `hold_out_validation` says.  With `crop_faces`, the
-    largest face of each image is cut out, as `find_faces` frames it for predictions.
-
-    Returns Data.  Raises InputError as `find_folders`, `find_emotions`, `read_images` and
-    `hold_out_validation` do, and where AUGMENTATION is not affine.
+    The emotions are the subfolders of train/, as in Keras's flow_from_directory.  The validation
+    images are those in val/, valid/ or validation/; if there is no such folder, see
+    `hold_out_validation`.  With `crop_faces`, the largest face of each image is cut out, in the
+    same frame as for a prediction.  Raises InputError if the dataset cannot be used.
     """
-    check_augmentation()
+    for name in set(AUGMENTATION) - AFFINE:
+        raise InputError(f"AUGMENTATION: {name} is not affine. Add a layer to create_CNN instead")
     folders = find_folders(Path(data_dir))
     print(f"Reading {data_dir}: {', '.join(folder.name for folder in folders)}")
     emotions = find_emotions(folders)
@@ -361,32 +370,34 @@ def load_data(data_dir, crop_faces=False):
         parts = hold_out_validation(*parts, paths)
     training, validation, test = parts
     print(f"{len(training.images):,} training, {len(validation.images):,} validation and "
-          f"{len(test.images):,} test images; {np.sum(~test.clean):,} of the test images also "
-          "stand in train/")
+          f"{len(test.images):,} test images; {np.sum(~test.clean):,} of the test images are also "
+          "in train/")
     return Data(emotions, ImageDataGenerator(**AUGMENTATION), training, validation, test)
 
 
 # --- Network --------------------------------------------------------------------------------------
 def create_CNN(classes, epochs=EPOCHS):
-    """Return the network, not yet compiled, for a training of so many epochs.
+    """Return the network, not yet compiled.
 
-    It takes images (n x 48 x 48 x 1, pixels 0-255) and gives probabilities (n x classes).
+    Its input are images (n x 48 x 48 x 1, pixels from 0 to 255), its output are probabilities
+    (n x classes).  `epochs` is the length of the training: the shorter it is, the less a network
+    overfits, and the weaker is dropout.
     """
-    dropout = min(epochs / 88, 1)  # the shorter a run, the less it overfits
+    dropout = min(epochs / 88, 1)
     return keras.Sequential([
         keras.Input((SIZE, SIZE, 1)),
-        # Each image to mean 0 and variance 1: light and contrast of the photo cancel out.
+        # Scales each image to mean 0 and variance 1, so that lighting and contrast do not matter.
         layers.GroupNormalization(groups=1, center=False, scale=False),
-        # Pooling comes before normalisation and ReLU, which leaves them a ninth of the work.
+        # Pooling before normalisation and ReLU leaves them a ninth of the work.
         layers.Conv2D(32, 5, padding="same", use_bias=False),
         layers.MaxPooling2D(4, strides=3, padding="same"),  # 48 x 48 to 16 x 16
-        layers.LayerNormalization(),  # over the channels at each place: local contrast cancels out
+        layers.LayerNormalization(),  # across the filters at each position: removes local contrast
         layers.ReLU(),
         layers.Conv2D(384, 3, use_bias=False),
         layers.MaxPooling2D(7, strides=3, padding="same"),  # 14 x 14 to 5 x 5
         layers.BatchNormalization(momentum=0.9),
         layers.ReLU(),
-        layers.SpatialDropout2D(0.18 * dropout),  # whole maps: neighbours in one are alike
+        layers.SpatialDropout2D(0.18 * dropout),  # of whole filters: neighbours are similar
         layers.Flatten(),
         layers.Dense(512, use_bias=False),
         layers.BatchNormalization(momentum=0.9),
@@ -398,15 +409,15 @@ def create_CNN(classes, epochs=EPOCHS):
 
 # --- Training -------------------------------------------------------------------------------------
 def random_transforms(generator, count, random):
-    """Draw the transforms of `count` images at once, as an ImageDataGenerator draws each.
+    """Draw `count` transforms from an ImageDataGenerator at once.
 
     Returns arguments of `affine_matrices`: a dict of arrays (count).  The numbers are those of
-    `generator.get_random_transform`, which draws from NumPy's global state instead of `random` (a
-    RandomState), and takes half a second for FER-2013.
+    `generator.get_random_transform`, but they come from `random` (a RandomState) instead of NumPy's
+    global state, and for FER-2013 in milliseconds instead of half a second.
     """
-    reaches = {"theta": generator.rotation_range, "tx": generator.height_shift_range,
-               "ty": generator.width_shift_range, "shear": generator.shear_range}
-    limits = {name: (-reach, reach) for name, reach in reaches.items() if reach}
+    ranges = {"theta": generator.rotation_range, "tx": generator.height_shift_range,
+              "ty": generator.width_shift_range, "shear": generator.shear_range}
+    limits = {name: (-limit, limit) for name, limit in ranges.items() if limit}
     if tuple(generator.zoom_range) != (1, 1):
         limits |= {"zx": generator.zoom_range, "zy": generator.zoom_range}
     limits |= {"flip_horizontal": (0, 1), "flip_vertical": (0, 1)}
@@ -414,7 +425,7 @@ def random_transforms(generator, count, random):
     numbers = low + (high - low) * random.random_sample((count, len(limits)))
     drawn = dict(zip(limits, numbers.T))
     for shift in {"tx", "ty"} & set(limits):
-        drawn[shift] *= SIZE
+        drawn[shift] *= SIZE if ranges[shift] < 1 else 1  # fractions of the image, or pixels
     drawn["flip_horizontal"] = (drawn["flip_horizontal"] < 0.5) & generator.horizontal_flip
     drawn["flip_vertical"] = (drawn["flip_vertical"] < 0.5) & generator.vertical_flip
     return drawn
@@ -422,11 +433,11 @@ def random_transforms(generator, count, random):
 
 def affine_matrices(theta=0, tx=0, ty=0, shear=0, zx=1, zy=1, flip_horizontal=False,
                     flip_vertical=False):
-    """Return transforms of ImageDataGenerator as matrices (n x 8) of Keras's affine_transform.
+    """Convert transforms of ImageDataGenerator to matrices (n x 8) for Keras's affine_transform.
 
-    Takes what `get_random_transform` returns, each one number or one for each image (n).  The
-    product is that of `apply_transform`: rotation, shift, shear, zoom and flips, about the middle
-    of the image.  A matrix takes a pixel (x, y) of the result to its place in the image.
+    Each argument is a number, or an array (n).  Like `ImageDataGenerator.apply_transform`, the
+    product rotates, shifts, shears, zooms and flips about the middle of the image.  A matrix maps a
+    pixel (x, y) of the result to its position in the image.
     """
     def matrices(*two_rows):  # n x 3 x 3; the third row is always the same
         return np.stack(np.broadcast_arrays(*two_rows, 0, 0, 1), axis=-1).reshape(-1, 3, 3)
@@ -444,7 +455,7 @@ def affine_matrices(theta=0, tx=0, ty=0, shear=0, zx=1, zy=1, flip_horizontal=Fa
 
 
 def transform_images(images, matrices):
-    """Apply `affine_matrices` to images (n x 48 x 48 x 1); the edge is repeated beyond it."""
+    """Apply `affine_matrices` to images (n x 48 x 48 x 1); beyond the edge, pixels are repeated."""
     return keras.ops.image.affine_transform(keras.ops.cast(images, "float32"), matrices,
                                             interpolation="bilinear", fill_mode="nearest")
 
@@ -452,16 +463,16 @@ def transform_images(images, matrices):
 def in_batches(arrays, batch_size):
     """Return arrays (n x ...) in memory as a tf.data.Dataset of batches."""
     options = tf.data.Options()
-    # The autotuning thread sleeps for up to a minute, and the end of an epoch would wait for it.
+    # Its thread sleeps for up to a minute, and the end of each epoch would wait for it.
     options.autotune.enabled = False
     return tf.data.Dataset.from_tensor_slices(arrays).batch(batch_size).with_options(options)
 
 
 def augmented_batches(data, batch_size, seed):
-    """Return one epoch of the training images of Data: shuffled, augmented, in batches.
+    """Return the training images of Data, shuffled and augmented, as batches for one epoch.
 
-    A tf.data.Dataset of images (float32, n x 48 x 48 x 1) and labels (n).  Order and transforms
-    depend on `seed` alone, an int or a sequence of them.
+    The batches are a tf.data.Dataset of images (float32, n x 48 x 48 x 1) and labels (n).  `seed`,
+    an int or a list of ints, determines the order and the transforms.
     """
     random = np.random.RandomState(seed)
     order = random.permutation(len(data.training.images))
@@ -475,11 +486,11 @@ def augmented_batches(data, batch_size, seed):
 
 
 def class_weights(labels):
-    """Return the weight of an image of each emotion in the loss: {label: weight}.
+    """Return the weight of each emotion in the training loss: {label: weight}.
 
-    Rare emotions weigh more: the weight is the cube root of m / n, where n is the emotion's number
-    of images and m the mean of these numbers (scikit-learn's "balanced" is m / n itself), scaled to
-    a mean of 1 per image.
+    Rare emotions have larger weights: the cube root of m / n, where n is the number of images of
+    the emotion and m the mean of these numbers.  The weights are scaled to a mean of 1 per image.
+    (scikit-learn's "balanced" is m / n without the root.)
     """
     counts = np.bincount(labels)
     weights = np.cbrt(counts.mean() / counts)
@@ -487,17 +498,11 @@ def class_weights(labels):
     return dict(enumerate(weights))
 
 
-def checksum(data):
-    """Return the SHA-256 of Data: equal checksums mean equal images and labels."""
-    arrays = *data.training, *data.validation, *data.test
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-
-
 @contextlib.contextmanager
-def whole_file(path):
-    """Yield a path to write a file to; at the end of the block it becomes `path`, if all went well.
+def atomic_write(path):
+    """Yield a temporary path; after the block, the file there replaces the one at `path`.
 
-    Even if the process is killed or the disk is full, `path` holds all or what it held before.
+    If the block fails, or if the process is killed, the earlier file at `path` remains.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -510,133 +515,172 @@ def whole_file(path):
 
 
 def save_checkpoint(path, state, arrays):
-    """Write what training goes on from: a dict for JSON, and a list of arrays."""
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
+    """Save a dict for JSON and a list of arrays."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, *map(np.asarray, arrays), state=json.dumps(state))
         file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes its name: the plug may be pulled
+        os.fsync(file.fileno())  # written to disk before the rename, in case of a power failure
 
 
-def is_checkpoint(path):
-    """Return whether a checkpoint was written: an empty file only claims its place."""
-    return os.path.exists(path) and os.path.getsize(path) > 0
+def create_checkpoint(path, state, arrays):
+    """Save the first checkpoint of a run; raise InputError if there already is a checkpoint."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.touch(exist_ok=False)  # of two runs that start at the same time, one succeeds
+    except FileExistsError:
+        raise InputError(UNFINISHED_RUN.format(path.parent)) from None
+    try:
+        save_checkpoint(path, state, arrays)
+    except BaseException:  # the disk is full, or Ctrl-C
+        if not path.stat().st_size:
+            path.unlink()
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+        raise
 
 
-def load_checkpoint(path, run=None):
-    """Return the state and the arrays that `save_checkpoint` wrote.
+def load_checkpoint(path, with_arrays=True):
+    """Return the state and the arrays of `save_checkpoint`, or only the state, which is fast.
 
-    Raises InputError if the file does not hold them, or was written by a run with other values than
-    those in the dict `run`.
+    Raises InputError if the file is not a usable checkpoint.
     """
     try:
         with np.load(path) as file:
-            arrays = [file[f"arr_{i}"] for i in range(len(file) - 1)]  # as NumPy names them
             state = json.loads(str(file["state"]))
-            changed = [name for name in run or {} if state["run"].get(name) != run[name]]
-    except Exception as error:  # of zipfile, NumPy or JSON, and whatever else the file may hold
-        raise InputError(f"{path} holds no run to go on with ({type(error).__name__}): delete the "
-                         "unfinished run, if there is one, and start anew") from error
+            if not {"source", "run", "history"} <= set(state):
+                raise ValueError("saved by another version")
+            count = len(file) - 1 if with_arrays else 0
+            return state, [file[f"arr_{i}"] for i in range(count)]  # NumPy's names
+    except Exception as error:  # from zipfile, NumPy or JSON
+        raise InputError(f"{path} is not a usable checkpoint ({type(error).__name__}). Delete the "
+                         "unfinished run, if there is one, and start again") from error
+
+
+def describe_run(model, data, **settings):
+    """Return what must not change before a run is resumed: a dict for JSON."""
+    arrays = *data.training, *data.validation, *data.test
+    checksum = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    return settings | {
+        "weight_decay": WEIGHT_DECAY, "precision": keras.config.dtype_policy().name,
+        "number_of_parameters": model.count_params(), "augmentation": str(AUGMENTATION),
+        "metrics": str(model.get_compile_config()["metrics"]), "images": checksum}
+
+
+def restore_checkpoint(path, run, history, variables):
+    """Update `history` and the variables from a checkpoint; return the best weights so far.
+
+    Raises InputError if it is not a checkpoint of `run`.
+    """
+    state, arrays = load_checkpoint(path)
+    changed = [name.replace("_", " ") for name in run if state["run"].get(name) != run[name]]
     if changed:
-        raise InputError(f"{path} does not fit: the {' and '.join(changed)} changed since. Bring "
-                         "that back as it was, or delete the unfinished run and start anew")
-    return state, arrays
+        raise InputError(f"{path} does not match: the {' and the '.join(changed)} changed. Undo "
+                         "the change, or delete the unfinished run and start again")
+    for variable, array in zip(variables, arrays):
+        variable.assign(array)
+    history.update(state["history"])
+    return arrays[len(variables):]
 
 
 def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE,
-                seed=0, checkpoint=None, settings=None):
-    """Train `model` on Data with AdamW; the learning rate falls along a cosine over all epochs.
+                seed=0, checkpoint=None, resume=False, source=None):
+    """Train `model` on Data with AdamW; the learning rate decays to 0 along a cosine.
 
-    `checkpoint` is the path of a file that is written after each epoch, with plots beside it.  If
-    it exists and is not empty, training goes on from it and ends as if it had never stopped; a
-    finished run is not trained again.  `settings` (a dict for JSON) are kept in it for the caller.
+    `checkpoint` is the path of a file that is saved after each epoch, together with plots of the
+    history.  `source`, a dict for JSON, is saved in it for the caller.  With `resume`, training
+    continues from the checkpoint and ends as if it had never been interrupted.
 
-    Leaves `model` with the weights of the epoch with the highest validation accuracy, in float32,
-    compiled for evaluation.  Returns the history, a dict of lists with a value per epoch.  Raises
-    InputError if the loss is not finite, or the checkpoint is damaged or of another run.
+    Afterwards, `model` has the weights of the epoch with the highest validation accuracy, computes
+    in float32, and is compiled for evaluation.  Returns the history, a dict of lists with one value
+    per epoch.  Raises InputError if the loss is not finite, if there is a checkpoint although
+    `resume` is false, or if it cannot be resumed.
+
     AdamW: Loshchilov and Hutter (2019), arXiv:1711.05101; cosine decay: arXiv:1608.03983.
     """
     steps = epochs * math.ceil(len(data.training.images) / batch_size)
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
-    model.compile(keras.optimizers.AdamW(schedule), "sparse_categorical_crossentropy",
-                  metrics=["accuracy"])
-    model.optimizer.build(model.trainable_variables)  # else it has no variables before a step
+    model.compile(keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY),
+                  "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.optimizer.build(model.trainable_variables)  # creates the variables that are saved
     variables = model.variables + model.optimizer.variables
     history, best_weights = {"epoch": []}, model.get_weights()
     if checkpoint:
-        run = {"epochs": epochs, "batch size": batch_size, "learning rate": learning_rate,
-               "seed": seed, "precision": keras.config.dtype_policy().name,
-               "number of parameters": model.count_params(), "augmentation": str(AUGMENTATION),
-               "metrics": str(model.get_compile_config()["metrics"]), "images": checksum(data)}
-        if is_checkpoint(checkpoint):
-            saved, arrays = load_checkpoint(checkpoint, run)
-            for variable, array in zip(variables, arrays):
-                variable.assign(array)
-            history, best_weights = saved["history"], arrays[len(variables):]
-        state = {"settings": settings, "run": run, "history": history}  # which grows below
-        save_checkpoint(checkpoint, state, variables + best_weights)
+        run = describe_run(model, data, epochs=epochs, batch_size=batch_size,
+                           learning_rate=learning_rate, seed=seed)
+        state = {"source": source, "run": run, "history": history}  # the history grows below
+        if resume:
+            best_weights = restore_checkpoint(checkpoint, run, history, variables)
+        else:
+            create_checkpoint(checkpoint, state, variables + best_weights)
     validation = in_batches((data.validation.images, data.validation.labels), 256)
+    # fit() trains one epoch at a time: Keras's BackupAndRestore does not save the state of dropout,
+    # and ModelCheckpoint would save the best weights in a second file.
     for epoch in range(len(history["epoch"]), epochs):
-        print(f"Epoch {epoch + 1}/{epochs}")  # fit() trains for one, and prints no number
+        print(f"Epoch {epoch + 1}/{epochs}")
         started, rate = time.perf_counter(), float(model.optimizer.learning_rate)
-        batches = augmented_batches(data, batch_size, [seed, epoch])  # shuffled: fit() need not
-        row = model.fit(batches, validation_data=validation, shuffle=False, verbose=PROGRESS,
-                        class_weight=class_weights(data.training.labels)).history
-        if not math.isfinite(row["loss"][0]):
-            raise InputError("the loss is NaN or infinite: delete the unfinished run and start "
-                             "anew with a lower learning rate")
-        row |= {"epoch": [epoch + 1], "learning_rate": [rate],
-                "seconds": [round(time.perf_counter() - started, 2)]}
-        for name, values in row.items():  # one value each
+        batches = augmented_batches(data, batch_size, seed=[seed, epoch])
+        logs = model.fit(batches, validation_data=validation, shuffle=False, verbose=VERBOSE,
+                         class_weight=class_weights(data.training.labels)).history
+        if not math.isfinite(logs["loss"][0]):
+            raise InputError("the loss is NaN or infinite. Delete the unfinished run and start "
+                             "again with a lower learning rate")
+        logs |= {"epoch": [epoch + 1], "learning_rate": [rate],
+                 "seconds": [round(time.perf_counter() - started, 2)]}
+        for name, values in logs.items():  # lists of one value
             history.setdefault(name, []).extend(values)
         if history["val_accuracy"][-1] > max(history["val_accuracy"][:-1], default=-1):
             best_weights = model.get_weights()
         if checkpoint:
             save_checkpoint(checkpoint, state, variables + best_weights)
-            with contextlib.suppress(PermissionError):  # on Windows, where a viewer shows one
+            with contextlib.suppress(PermissionError):  # on Windows, if a viewer has a plot open
                 plot_history(history, Path(checkpoint).parent)
-        minutes = np.mean(history["seconds"]) * (epochs - epoch - 1) / 60
-        print(f"about {math.ceil(minutes)} min of training left")
+        minutes = math.ceil(np.mean(history["seconds"]) * (epochs - epoch - 1) / 60)
+        if minutes:
+            print(f"about {minutes} min of training left")
     model.set_weights(best_weights)
+    # Keras has no public way to convert a network to another precision.  Any CPU can run float32.
     for layer in model.layers:
-        layer.dtype_policy = "float32"  # any machine can compute in it
-    # SGD has no state: with that of AdamW, the network's file would be three times as large.
+        layer.dtype_policy = "float32"
+    # SGD has no state; the state of AdamW would make the file of the network three times as large.
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return history
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
-# 18 views of an image: of 44, 48 and 52 of its 48 pixels, each 2 pixels higher, level and 2 lower,
-# and all of them mirrored; at another SIZE in proportion.
-FLIPS, ZOOMS, HEIGHTS = zip(*itertools.product((False, True), (11 / 12, 1, 13 / 12),
-                                               (-SIZE / 24, 0, SIZE / 24)))
-VIEWS = affine_matrices(zx=ZOOMS, zy=ZOOMS, ty=HEIGHTS, flip_horizontal=FLIPS)
+# Predictions are averaged over 18 views of an image: 44, 48 and 52 of its 48 pixels; each centred,
+# 2 pixels higher and 2 lower; and all of these mirrored.  With another SIZE, in proportion.
+FLIPS, ZOOMS, SHIFTS = zip(*itertools.product((False, True), (11 / 12, 1, 13 / 12),
+                                              (-SIZE / 24, 0, SIZE / 24)))
+VIEWS = affine_matrices(zx=ZOOMS, zy=ZOOMS, ty=SHIFTS, flip_horizontal=FLIPS)
 
 
 def classify_faces(model, images):
-    """Return the probabilities (n x classes) of images (n x 48 x 48 x 1): the mean over VIEWS."""
+    """Return the probabilities (n x classes) of images (n x 48 x 48 x 1), averaged over VIEWS."""
     means = []
-    for first in range(0, len(images), 8):  # more at once take more memory, and hardly less time
-        faces = images[first:first + 8]
-        views = transform_images(np.repeat(faces, len(VIEWS), axis=0),
-                                 np.tile(VIEWS, (len(faces), 1)))
+    for first in range(0, len(images), 8):  # larger chunks need more memory and are hardly faster
+        chunk = images[first:first + 8]
+        views = transform_images(np.repeat(chunk, len(VIEWS), axis=0),
+                                 np.tile(VIEWS, (len(chunk), 1)))
         probabilities = model.predict_on_batch(views)
-        means.append(probabilities.reshape(len(faces), len(VIEWS), -1).mean(axis=1))
+        means.append(probabilities.reshape(len(chunk), len(VIEWS), -1).mean(axis=1))
     return np.concatenate(means)
 
 
 def evaluate_model(model, data):
-    """Evaluate `model` on the test images of Data; print the scores.
+    """Evaluate `model` on the test images of Data and print the scores.
 
-    Returns the scores (a dict) and the probabilities (n x classes).  single_image_accuracy is that
-    of the images as they are; all other scores are those of the mean over VIEWS:
+    Returns the scores (a dict) and the probabilities (n x classes).  All scores but
+    single_image_accuracy are averaged over VIEWS:
 
+    - single_image_accuracy: accuracy on the images as they are
     - loss: cross-entropy, in nats
-    - balanced_accuracy: the mean of the emotions' recall
-    - clean_accuracy: of the images that are not also in train/; None if there are none
-    - calibration_error: by how much confidence and accuracy differ, on average over 15 bins of
-      equal width: Guo et al. (2017), "On calibration of modern neural networks", arXiv:1706.04599
-    - emotions: precision, recall, F1 (0/0 counts as 0) and the number of images of each
-    - confusion_matrix: rows are labels, columns predictions
+    - balanced_accuracy: mean recall of the emotions
+    - clean_accuracy: accuracy on images that are not also in train/; None if there are none
+    - calibration_error: mean difference between confidence and accuracy in 15 bins of equal width;
+      Guo et al. (2017), "On calibration of modern neural networks", arXiv:1706.04599
+    - emotions: precision, recall, F1 (0/0 counts as 0) and number of images of each emotion
+    - confusion_matrix: rows are labels, columns are predictions
     """
     images, labels, clean = data.test
     single_view = model.predict(images, batch_size=256, verbose=0)
@@ -650,7 +694,7 @@ def evaluate_model(model, data):
     hits, labelled, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(labelled, 1)
     f1 = 2 * hits / np.maximum(labelled + predicted, 1)
-    # For each bin of confidence, the sum of correct - confidence over its images.
+    # The sum of correct - confidence over the images in each bin.
     gaps = np.bincount(np.ceil(15 * confidence).astype(int), weights=correct - confidence)
     scores = {
         "single_image_accuracy": (single_view.argmax(axis=1) == labels).mean(),
@@ -665,9 +709,9 @@ def evaluate_model(model, data):
         "confusion_matrix": confusion.tolist(),
         "milliseconds_per_face": milliseconds,
     }
-    print(f"\nTest, {len(labels):,} images, {clean.sum():,} of them clean: not in train/\n"
-          f"All but the single image accuracy: averaged over {len(VIEWS)} views, "
-          f"{milliseconds:.1f} ms an image")
+    print(f"\nTest: {len(labels):,} images, {clean.sum():,} of them clean (not also in train/)\n"
+          f"Averaged over {len(VIEWS)} views ({milliseconds:.1f} ms per image), except the single "
+          "image accuracy")
     for name in ("single_image_accuracy", "accuracy", "balanced_accuracy", "clean_accuracy",
                  "calibration_error", "loss"):
         if scores[name] is not None:
@@ -683,7 +727,7 @@ def evaluate_model(model, data):
 # --- Plots ----------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def plot_style():
-    """Draw in Matplotlib's own style, whatever the user's is; their fonts stand in for glyphs."""
+    """Use Matplotlib's default style, with the user's fonts for characters that it lacks."""
     fonts = {name: matplotlib.rcParams[name] for name in ("font.sans-serif", "font.serif")}
     families = dict.fromkeys(["DejaVu Sans", *matplotlib.rcParams["font.family"]])
     with matplotlib.style.context(["default", fonts, {
@@ -692,13 +736,17 @@ def plot_style():
         yield
 
 
+def plotted_metrics(history):
+    """Return the names of the metrics in a history that have training and validation values."""
+    return [name for name in history if f"val_{name}" in history]
+
+
 @plot_style()
 def plot_history(history, output_dir):
-    """Write accuracy.png, loss.png and so on, one a metric: training and validation by epoch."""
+    """Save a plot of each metric over the epochs, such as accuracy.png and loss.png."""
     epochs = history["epoch"]
     best = int(np.argmax(history["val_accuracy"]))
-    metrics = [name for name in history if f"val_{name}" in history]
-    for name in metrics:
+    for name in plotted_metrics(history):
         training, validation = history[name], history[f"val_{name}"]
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         axes = figure.subplots()
@@ -710,11 +758,11 @@ def plot_history(history, output_dir):
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend()
-        with whole_file(Path(output_dir, f"{name}.png")) as temporary:
+        with atomic_write(Path(output_dir, f"{name}.png")) as temporary:
             figure.savefig(temporary)
 
 
-def draw_shares(axes, shares, rows, columns):
+def draw_table(axes, shares, rows, columns):
     """Draw shares (rows x columns, from 0 to 1) as a table with named rows and columns."""
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
@@ -727,46 +775,46 @@ def draw_shares(axes, shares, rows, columns):
 
 @plot_style()
 def plot_performance(history, scores, output_dir):
-    """Write accuracy.png and loss.png, as `plot_history` does, and confusion_matrix.png."""
+    """Save accuracy.png and loss.png, as `plot_history` does, and confusion_matrix.png."""
     plot_history(history, output_dir)
     confusion = np.array(scores["confusion_matrix"])
     labelled = confusion.sum(axis=1, keepdims=True)
     figure = Figure(figsize=(8, 7.5), layout="constrained")
     axes = figure.subplots()
-    draw_shares(axes, confusion / np.maximum(labelled, 1), scores["emotions"], scores["emotions"])
+    draw_table(axes, confusion / np.maximum(labelled, 1), scores["emotions"], scores["emotions"])
     axes.set(title="Test images", xlabel="predicted", ylabel="labelled")
-    with whole_file(Path(output_dir, "confusion_matrix.png")) as temporary:
+    with atomic_write(Path(output_dir, "confusion_matrix.png")) as temporary:
         figure.savefig(temporary)
 
 
 @plot_style()
 def plot_examples(data, probabilities, output_dir):
-    """Write examples.png: of each emotion (rows: labels) the test images classified most surely."""
+    """Save examples.png: the most confident correct and incorrect predictions for each emotion."""
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    surest_first = np.argsort(-confidence, kind="stable")
+    most_confident_first = np.argsort(-confidence, kind="stable")
     figure = Figure(figsize=(8, 1.5 * len(data.emotions)), layout="constrained")
     left_half, right_half = figure.subfigures(1, 2)
-    left_half.suptitle("Surest and right", color=BLUE)
-    right_half.suptitle("Surest and wrong: taken for", color=VERMILION)
+    left_half.suptitle("Most confident: correct", color=BLUE)
+    right_half.suptitle("Most confident: incorrect", color=VERMILION)
     for half, correct in (left_half, True), (right_half, False):
-        grid = half.subplots(len(data.emotions), 3, subplot_kw=BARE)
+        grid = half.subplots(len(data.emotions), 3, subplot_kw=NO_AXES)
         for label, axes_of_row in enumerate(grid):
-            shown = [i for i in surest_first
+            shown = [i for i in most_confident_first
                      if data.test.labels[i] == label and (predicted[i] == label) == correct]
-            for axes, i in zip(axes_of_row, shown):  # zip stops after the three axes
+            for axes, i in zip(axes_of_row, shown):  # at most three images
                 axes.imshow(data.test.images[i], cmap="gray", vmin=0, vmax=255)
                 axes.set_title(f"{data.emotions[predicted[i]]} {confidence[i]:.0%}", size=10)
             if correct:
                 axes_of_row[0].set_ylabel(data.emotions[label])
-    with whole_file(Path(output_dir, "examples.png")) as temporary:
+    with atomic_write(Path(output_dir, "examples.png")) as temporary:
         figure.savefig(temporary)
 
 
 def receptive_field(model, layer):
     """Return the receptive field of a layer of a Sequential model: size, step, start; in pixels.
 
-    Place i of its output, along either axis, sees `size` pixels of the image, from start + i * step
-    on.  Takes square kernels and pools, without dilation.
+    Along either axis, position i of the layer's output sees `size` pixels of the image, beginning
+    at start + i * step.  Kernels and pools must be square and not dilated.
     Araujo et al. (2019), "Computing receptive fields of convolutional neural networks", Distill.
     """
     size, step, start = 1, 1, 0
@@ -778,7 +826,7 @@ def receptive_field(model, layer):
         else:
             continue
         stride, width = current.strides[0], current.input.shape[1]
-        if current.padding == "same":  # as TensorFlow pads: the smaller half comes before
+        if current.padding == "same":  # TensorFlow adds the smaller half of the padding first
             start -= max((math.ceil(width / stride) - 1) * stride + kernel - width, 0) // 2 * step
         size += (kernel - 1) * step
         step *= stride
@@ -787,11 +835,11 @@ def receptive_field(model, layer):
 
 @plot_style()
 def plot_filters(model, data, output_dir):
-    """Write filters.png: what the network of `create_CNN` has learned to look for.
+    """Save filters.png: what the network of `create_CNN` has learned to look for.
 
-    Above are the filters of the first convolution.  Below is a row for each emotion: the filter of
-    the second convolution that best tells the test images of the emotion from the others, and the
-    images that excite it most; framed is what it sees of them.
+    The upper part shows the filters of the first convolution.  The lower part has a row for each
+    emotion: the filter of the second convolution that best separates the test images of this
+    emotion from the others, and the images that activate it most, with its receptive field.
     """
     first, second = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)][:2]
     kernels = np.asarray(first.kernel)[:, :, 0].transpose(2, 0, 1)
@@ -799,128 +847,130 @@ def plot_filters(model, data, output_dir):
     present = np.unique(data.test.labels)
     figure = Figure(figsize=(10, 1.2 + 0.7 * rows + 1.45 * len(present)), layout="constrained")
     above, below = figure.subfigures(2, height_ratios=(0.6 + 0.7 * rows, 0.6 + 1.45 * len(present)))
-    above.suptitle("Filters of the first convolution, each scaled to its largest weight", size=13)
-    grid = above.subplots(rows, 16, subplot_kw=BARE)
+    above.suptitle("Filters of the first convolution, each scaled by its largest weight", size=13)
+    grid = above.subplots(rows, 16, subplot_kw=NO_AXES)
     for axes, kernel in zip(grid.flat, kernels):
         picture = axes.imshow(kernel / np.abs(kernel).max(), cmap="RdBu_r", vmin=-1, vmax=1)
     above.colorbar(picture, ax=grid, ticks=(-1, 0, 1)).ax.tick_params(labelsize=10)
 
-    below.suptitle("What excites filters of the second convolution most: for each emotion, the\n"
-                   "filter that best tells it apart; above each image, its own label", size=13)
+    below.suptitle("Second convolution: the filter that best separates each emotion from the\n"
+                   "others, and the images that activate it most (above them: their labels)",
+                   size=13)
     to_maps = keras.Model(model.inputs, second.output)
     maximum = layers.GlobalMaxPooling2D(dtype="float32")(second.output)
     maxima = keras.Model(model.inputs, maximum).predict(data.test.images, batch_size=128, verbose=0)
     size, step, start = receptive_field(model, second)
-    grid = below.subplots(len(present), 7, subplot_kw=BARE, squeeze=False)
+    grid = below.subplots(len(present), 7, subplot_kw=NO_AXES, squeeze=False)
     for label, axes_of_row in zip(present, grid):
-        # The mean over the emotion's images less that over all, in standard deviations.
+        # How far the emotion's mean is above the mean of all images, in standard deviations.
         lead = maxima[data.test.labels == label].mean(axis=0) - maxima.mean(axis=0)
         best = np.argmax(lead / (maxima.std(axis=0) + 1e-7))
         axes_of_row[0].set_ylabel(f"{data.emotions[label]}\nfilter {best}", size=11)
         shown = np.argsort(-maxima[:, best], kind="stable")[:7]
-        excited = to_maps.predict_on_batch(data.test.images[shown])[..., best]
-        for axes, i, places in zip(axes_of_row, shown, excited):
+        maps = to_maps.predict_on_batch(data.test.images[shown])[..., best]
+        for axes, i, activation in zip(axes_of_row, shown, maps):
             axes.imshow(data.test.images[i], cmap="gray", vmin=0, vmax=255)
             axes.set_title(data.emotions[data.test.labels[i]], size=10)
-            # Pixels reach from half below their number to half above it.
-            place = start + step * np.array(np.unravel_index(places.argmax(), places.shape))
-            (top, left), (bottom, right) = np.clip((place, place + size), 0, SIZE) - 0.5
+            corner = start + step * np.array(np.unravel_index(activation.argmax(),
+                                                              activation.shape))
+            # In a plot, pixel i reaches from i - 0.5 to i + 0.5.
+            (top, left), (bottom, right) = np.clip((corner, corner + size), 0, SIZE) - 0.5
             axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False,
                                      color=SKY_BLUE, linewidth=2, clip_on=False))
-    with whole_file(Path(output_dir, "filters.png")) as temporary:
+    with atomic_write(Path(output_dir, "filters.png")) as temporary:
         figure.savefig(temporary)
 
 
 # --- Prediction -----------------------------------------------------------------------------------
 def save_network(model, emotions, path):
-    """Save a network, and in the same file the names of its emotions."""
-    with whole_file(path) as temporary:
+    """Save a network and the names of its emotions in one file."""
+    with atomic_write(path) as temporary:
         model.save(temporary)
-        with zipfile.ZipFile(temporary, "a") as file:  # Keras passes over what it does not know
+        with zipfile.ZipFile(temporary, "a") as file:  # Keras ignores the additional member
             file.writestr("emotions.json", json.dumps(emotions))
 
 
 def load_network(path):
-    """Return the network and the emotions that `save_network` wrote; InputError if it cannot."""
+    """Return the network and the emotions that `save_network` saved; InputError if it cannot."""
     try:
         model = keras.models.load_model(path, compile=False)
         with zipfile.ZipFile(path) as file:
             emotions = json.loads(file.read("emotions.json"))
         if model.input_shape[1:] != (SIZE, SIZE, 1) or model.output_shape[1:] != (len(emotions),):
-            raise ValueError("other images or emotions")
-    except Exception as error:  # of zipfile, JSON, h5py or Keras, which tells the cause last
+            raise ValueError("it has other inputs or outputs")
+    except Exception as error:  # from zipfile, JSON, h5py or Keras, whose last line is the cause
         reason = str(error).strip().rpartition("\n")[2]
         raise InputError(
-            f"{path} is not a network of this script, damaged, or of another version of Keras than "
-            f"{keras.__version__} ({reason}): train one, or name another folder with "
-            "--output-dir") from error
+            f"{path} is damaged, is not a network of this script, or was saved by another version "
+            f"of Keras than {keras.__version__} ({reason}). Train a network, or name another "
+            "folder with --output-dir") from error
     return model, emotions
 
 
 def strongest_boxes(boxes, threshold, **_):
-    """Return MTCNN's boxes (n x 6: image, left, top, right, bottom, score) by falling score.
+    """Return MTCNN's boxes (n x 6: image, left, top, right, bottom, score), highest score first.
 
-    Of those that overlap by more than `threshold` of their union, only the strongest stays.
+    Of boxes that overlap by more than `threshold` of their union, only the strongest is kept.
     """
     return boxes[tf.image.non_max_suppression(boxes[:, 1:5], boxes[:, 5], len(boxes), threshold)]
 
 
-def in_parts(network, images):
+def in_chunks(network, images):
     """Return the outputs of a network, computed for 64 images at a time."""
-    starts = range(0, max(len(images), 1), 64)  # of no images, one empty part
-    parts = [network(images[i:i + 64]) for i in starts]
-    return [tf.concat(output, axis=0) for output in zip(*parts)]
-
-
-detector_lock = threading.Lock()
+    starts = range(0, max(len(images), 1), 64)  # at least one chunk, even if it is empty
+    chunks = [network(images[i:i + 64]) for i in starts]
+    return [tf.concat(output, axis=0) for output in zip(*chunks)]
 
 
 @functools.cache
 def face_detector():
     """Return the face detector MTCNN: Zhang et al. (2016), arXiv:1604.02878."""
-    mtcnn = optional_package("mtcnn", "finding faces, unlike --no-detect,")
+    mtcnn = import_optional("mtcnn", "finding faces, unlike --no-detect,")
     stages = importlib.import_module("mtcnn.stages")
-    policy = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("float32")  # it fails in any other
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    detector = mtcnn.MTCNN()  # on Python 3.13, it tells how it closes the files of its weights
-    sys.unraisablehook = hook
+    policy, hook = keras.config.dtype_policy(), sys.unraisablehook
+    keras.config.set_dtype_policy("float32")  # MTCNN fails with any other policy
+    sys.unraisablehook = lambda _: None  # on Python 3.13, lz4 prints errors about closed files
+    detector = mtcnn.MTCNN()
     keras.config.set_dtype_policy(policy)
-    # Of a crowd, it would compare all of 5,000 boxes in pairs and pass all crops through a network
-    # at once: that takes gigabytes.
+    sys.unraisablehook = hook
+    # In a crowd, MTCNN would compare thousands of boxes with each other and classify all crops at
+    # once, which takes gigabytes.
     for module in stages.stage_pnet, stages.stage_rnet:
         module.smart_nms_from_bboxes = strongest_boxes
     for stage in detector.stages[1:]:
-        stage.model.call = functools.partial(in_parts, stage.model.call)
+        stage.model.call = functools.partial(in_chunks, stage.model.call)
     return detector
 
 
-def find_faces(photo):
-    """Find the faces in a photo (PIL image) and frame them as FER-2013 frames its faces.
+detector_lock = threading.Lock()
 
-    Returns boxes (left, top, right, bottom; pixels) from left to right, which may reach beyond
-    the photo.  Returns the whole photo as the only box where it is the crop of a face already.
+
+def find_faces(photo):
+    """Find the faces in a photo (PIL image) and frame them in the same way as FER-2013.
+
+    Returns boxes (left, top, right, bottom; pixels) from left to right, which may extend beyond the
+    photo.  If the photo is a cropped face already, the only box is the whole photo.
     """
     whole_photo = (0, 0, *photo.size)
     longest_side = max(photo.size)
-    if longest_side <= LARGEST_CROP:  # too little to detect in
+    if longest_side <= LARGEST_CROP:
         return [whole_photo]
-    scale = max(1, math.sqrt(photo.size[0] * photo.size[1] / PIXELS_TO_SEARCH))
-    if min(photo.size) < 20 * scale:  # narrower than the smallest face that MTCNN looks for
+    scale = max(1, math.sqrt(photo.size[0] * photo.size[1] / DETECTION_PIXELS))
+    if min(photo.size) < 20 * scale:  # smaller than the smallest face that MTCNN looks for
         return []
     small = photo.resize([round(side / scale) for side in photo.size])
-    with detector_lock:  # of several threads, one loads it
+    with detector_lock:  # only one thread loads it
         detector = face_detector()
     found = detector.detect_faces(np.asarray(small), fit_to_image=False,
-                                  threshold_onet=0.95)  # at 0.8 it sees faces in curtains
+                                  threshold_onet=0.95)  # with 0.8, it finds faces in curtains
     boxes = []
     for face in found:
         left, top, width, height = (scale * float(pixels) for pixels in face["box"])
         x, y = left + width / 2, top + height / 2
-        # FER-2013 shows about this square around MTCNN's box: see tests/measure/framing.py.
+        # FER-2013 shows about this square around MTCNN's box; see tests/measure/framing.py.
         reach = 1.25 * width / 2
         boxes.append((round(x - reach), round(y - reach), round(x + reach), round(y + reach)))
-    # A small photo that one face fills is a crop of a face already.
+    # A small photo that is filled by one face is a cropped face.
     if len(boxes) == 1 and longest_side <= 400:
         left, _, right, _ = boxes[0]
         if right - left > longest_side * 2 / 3:
@@ -929,7 +979,7 @@ def find_faces(photo):
 
 
 def cut_out(photo, box):
-    """Return the box of a photo (array) as the network sees it; beyond it, the edge is repeated."""
+    """Return the box of a photo (array) as input of the network; beyond the edge, repeat pixels."""
     left, top, right, bottom = box
     rows = np.arange(top, bottom).clip(0, photo.shape[0] - 1)
     columns = np.arange(left, right).clip(0, photo.shape[1] - 1)
@@ -937,15 +987,15 @@ def cut_out(photo, box):
 
 
 def classify_photo(photo, model, emotions, detect=True):
-    """Return the faces in a photo, as `open_image` takes it, from left to right: a list of dicts.
+    """Return the faces in a photo from left to right, as a list of dicts:
 
-    - face: its number, from 1 on
-    - box: left, top, right, bottom; in pixels, may reach beyond the photo
+    - face: number, starting at 1
+    - box: left, top, right, bottom; in pixels, may extend beyond the photo
     - emotion, confidence: the most probable emotion and its probability
-    - probabilities: by emotion
+    - probabilities: the probability of each emotion
 
-    Takes the network and the emotions of `load_network`.  Without `detect`, the photo is one face.
-    Raises InputError if the photo cannot be read.
+    Takes whatever `open_image` takes, and the network and the emotions of `load_network`.  Without
+    `detect`, the whole photo is treated as a face.  Raises InputError if the photo cannot be read.
     """
     photo = open_image(photo)
     boxes = find_faces(photo) if detect else [(0, 0, *photo.size)]
@@ -961,36 +1011,36 @@ def classify_photo(photo, model, emotions, detect=True):
 
 
 def occlusion_map(model, face, label):
-    """Return how much the parts of a face speak for an emotion (48 x 48).
+    """Return how much each part of a face supports an emotion (48 x 48).
 
-    Takes the face as the network sees it (uint8, 48 x 48) and the index of the emotion.  A square
-    of the face's mean grey, 8 pixels wide, covers it in 11 x 11 places, 4 pixels apart.  The value
-    of a pixel is by how much the emotion's probability falls, on average over the squares that
-    cover the pixel.  It is the probability of one view, the face as it is.
-    Zeiler and Fergus (2014), arXiv:1311.2901; tests/measure/heat_maps.py compares it with Grad-CAM.
+    Takes a face as input of the network (uint8, 48 x 48) and the index of the emotion.  A square of
+    8 x 8 pixels in the face's mean grey covers the face in 11 x 11 positions, 4 pixels apart.  The
+    value of a pixel is the mean decrease in the emotion's probability over the squares that cover
+    the pixel, for a single view.
+    Zeiler and Fergus (2014), arXiv:1311.2901; tests/measure/heat_maps.py compares with Grad-CAM.
     """
     corners = [(top, left) for top in range(0, SIZE - 7, 4) for left in range(0, SIZE - 7, 4)]
     covered = np.repeat(face[np.newaxis, :, :, np.newaxis].astype("float32"), len(corners) + 1, 0)
-    for image, (top, left) in zip(covered, corners):  # the last remains as it is
+    for image, (top, left) in zip(covered, corners):  # the last image remains uncovered
         image[top:top + 8, left:left + 8] = face.mean()
     probabilities = model.predict_on_batch(covered)[:, label]
-    falls, covers = np.zeros((SIZE, SIZE)), np.zeros((SIZE, SIZE))
-    for fall, (top, left) in zip(probabilities[-1] - probabilities, corners):
-        falls[top:top + 8, left:left + 8] += fall
+    decreases, covers = np.zeros((SIZE, SIZE)), np.zeros((SIZE, SIZE))
+    for decrease, (top, left) in zip(probabilities[-1] - probabilities, corners):
+        decreases[top:top + 8, left:left + 8] += decrease
         covers[top:top + 8, left:left + 8] += 1
-    return falls / np.maximum(covers, 1)
+    return decreases / np.maximum(covers, 1)
 
 
 @plot_style()
 def draw_photo(photo, faces, model, path):
-    """Write a picture of a photo (PIL image), and below it a row for each of its first 20 faces.
+    """Save a picture of a photo (PIL image) with a row below it for each of its first 20 faces.
 
-    In a row are the face as the network sees it, the same with its `occlusion_map` in orange, and
+    A row shows the face as input of the network, the same with its `occlusion_map` in orange, and
     the probabilities.  Takes the faces of `classify_photo`.
     """
     width, height = photo.size
     shown = faces[:20]
-    row_height = np.clip(4 / len(shown), 0.85, 1.3)  # all lengths in inches
+    row_height = np.clip(4 / len(shown), 0.85, 1.3)  # inches, like all lengths below
     heights = [np.clip(8 * height / width, 3, 10), *[row_height] * len(shown)]
     figure = Figure(figsize=(10, sum(heights) + 1.1), layout="constrained")  # 1.1 for the emotions
     grid = figure.add_gridspec(len(heights), 3, width_ratios=(row_height, row_height, 5.5),
@@ -1001,90 +1051,90 @@ def draw_photo(photo, faces, model, path):
     scene.autoscale(False)
     is_crowd = len(faces) > len(shown)
     if is_crowd:
-        scene.set_title(f"{len(faces)} faces, the first {len(shown)} of them below", size=13)
+        scene.set_title(f"{len(faces)} faces; the first {len(shown)} are shown below", size=13)
     for face in faces:
         left, top, right, bottom = face["box"]
-        if face["box"] != (0, 0, width, height):  # else the photo is all face
+        if face["box"] != (0, 0, width, height):  # no frame around the whole photo
             scene.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False,
                                       color=SKY_BLUE, linewidth=2))
             scene.text(max(left, 0), max(top, 0), f"{face['face']} {face['emotion']}", va="bottom",
                        size=5 if is_crowd else 11,
                        bbox={"color": SKY_BLUE, "pad": 1 if is_crowd else 4})
     pixels = np.asarray(photo)
-    # From invisible to four fifths opaque.
+    # From transparent to 80 % opaque.
     heat = LinearSegmentedColormap.from_list("heat", [VERMILION + "00", VERMILION + "D0"])
     for number, face in enumerate(shown, 1):
         crop = cut_out(pixels, face["box"])
         heat_map = occlusion_map(model, crop, list(face["probabilities"]).index(face["emotion"]))
-        seen = figure.add_subplot(grid[number, 0], **BARE)
-        marked = figure.add_subplot(grid[number, 1], **BARE)
-        seen.set_ylabel(f"{number} {face['emotion']}", rotation=0, ha="right", va="center")
-        for axes in seen, marked:
+        plain = figure.add_subplot(grid[number, 0], **NO_AXES)
+        marked = figure.add_subplot(grid[number, 1], **NO_AXES)
+        plain.set_ylabel(f"{number} {face['emotion']}", rotation=0, ha="right", va="center")
+        for axes in plain, marked:
             axes.imshow(crop, cmap="gray", vmin=0, vmax=255)
-        strongest = max(heat_map.max(), 0.01)  # a fall by less than a hundredth is none
+        strongest = max(heat_map.max(), 0.01)  # less than one percentage point is not shown
         marked.imshow(heat_map, cmap=heat, vmin=0, vmax=strongest)
         if number == 1:
-            seen.set_title("seen as", size=11)
-            marked.set_title("speaks for it", size=11)
+            plain.set_title("input", size=11)
+            marked.set_title("evidence", size=11)
     table = figure.add_subplot(grid[1:, 2])
     shares = np.array([list(face["probabilities"].values()) for face in shown])
-    draw_shares(table, shares, [], faces[0]["probabilities"])
-    with whole_file(path) as temporary:
+    draw_table(table, shares, [], faces[0]["probabilities"])
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
 
 def save_picture(photo, faces, model, path, output_dir):
-    """Draw a photo that was read from `path` into predictions/; return whether it was written."""
-    # Photos of one name in several folders differ in the checksum.  A name may have 255 bytes.
+    """Draw a photo that was read from `path` into predictions/; return whether this succeeded."""
+    # The checksum distinguishes photos of the same name.  A file name may have 255 bytes.
     path_checksum = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
     picture = Path(output_dir, "predictions", f"{path.stem[:50]}-{path_checksum}.emotions.jpg")
     try:
         draw_photo(photo, faces, model, picture)
-    except OSError as error:  # the folder is read-only, say
+    except OSError as error:  # the folder is read-only, for example
         print(f"error: {picture} cannot be written: {error.strerror or error}", file=sys.stderr)
         return False
-    print(f"  drawn in {picture}")
+    print(f"  picture: {picture}")
     return True
 
 
 def find_photos(paths):
-    """Return the photos in `paths` and in the folders there, without those that were drawn."""
+    """Return the photos in a list of paths, patterns and folders, without the script's pictures."""
     photos = []
-    for name in [paths] if isinstance(paths, (str, Path)) else paths:
-        # On Windows, the shell leaves patterns such as *.jpg to the program.
+    for name in paths:
+        # On Windows, the shell does not expand patterns such as *.jpg.
         names = [name] if os.path.exists(name) else sorted(glob.glob(str(name))) or [name]
         for path in map(Path, names):
             found = find_images(path) if path.is_dir() else [path]
             found = [photo for photo in found if not photo.name.endswith(".emotions.jpg")]
-            photos += found or [path]  # a folder without photos stays: reported as unreadable
+            photos += found or [path]  # a folder without photos is reported as unreadable later
     return photos
 
 
 def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
-    """Classify the faces in photos, and in folders of photos, with the network in `output_dir`.
+    """Classify the faces in photos and in folders of photos with the network in `output_dir`.
 
-    If there is none, it is the one included in docs/runs.  Prints a row per face and draws a
-    picture per photo into predictions/ there, or only prints a JSON object per face.  A photo
-    without a face, one that cannot be read, and a picture that cannot be written get a line on
-    stderr.  Returns whether all could be read and written.  Raises InputError where no network can
-    be loaded, or no detector.
+    If there is no network, uses the one in docs/runs.  Prints a line per face and draws a picture
+    per photo in predictions/; with `as_json`, only prints a JSON object per face.  Prints a line to
+    stderr for each photo that cannot be read or has no face, and for each picture that cannot be
+    written.  Returns whether all photos were read and all pictures written.  Raises InputError if
+    the network or the face detector cannot be loaded.
     """
-    network = Path(output_dir, NETWORK)
+    network = Path(output_dir, NETWORK_FILE)
     if not network.exists():
-        network = Path(__file__).resolve().parent / "docs" / "runs" / "88-0" / NETWORK
-        print(f"no network in {output_dir} yet: predicting with {network}", file=sys.stderr)
+        network = Path(__file__).resolve().parent / "docs" / "runs" / "88-0" / NETWORK_FILE
+        print(f"no network in {output_dir} yet: using {network}", file=sys.stderr)
     model, emotions = load_network(network)
-    photos, all_well = find_photos(paths), True
+    photos, all_done = find_photos([paths] if isinstance(paths, (str, Path)) else paths), True
     for number, path in enumerate(photos, 1):
         try:
             photo = open_image(path)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            all_well = False
+            all_done = False
             continue
         faces = classify_photo(photo, model, emotions, detect)
         if not faces:
-            print(f"{path}: no face found; --no-detect classifies it whole", file=sys.stderr)
+            print(f"{path}: no face found; --no-detect classifies the whole photo", file=sys.stderr)
         elif as_json:
             for face in faces:
                 print(json.dumps({"file": str(path), **face}))
@@ -1094,14 +1144,16 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
                                    for emotion, share in face["probabilities"].items())
                 print(f"{number}/{len(photos)} {path}, face {face['face']}: {face['emotion']} "
                       f"{face['confidence']:.1%}  ({shares})")
-            all_well &= save_picture(photo, faces, model, path, output_dir)
-    return all_well
+            all_done &= save_picture(photo, faces, model, path, output_dir)
+    return all_done
 
 
 # --- Drawn faces ----------------------------------------------------------------------------------
-# After the action units of Ekman and Friesen's Facial Action Coding System: how far the inner and
-# the outer brow are up, half the height of an eye, how far the corners of the mouth are up and the
-# mouth is open (in parts of its width), and half its width; brows, eye and width in half faces.
+# After the action units of Ekman and Friesen's Facial Action Coding System.  Heights of the brows,
+# half heights of the eyes and half widths of the mouth are in half faces; smile and opening are in
+# widths of the mouth.
+#             inner  outer
+#             brow   brow   eye   smile opening mouth
 EXPRESSIONS = {
     "angry":    (-0.16,  0.06, 0.07, -0.35, 0.10, 0.39),
     "disgust":  (-0.08, -0.02, 0.04, -0.20, 0.35, 0.34),
@@ -1115,14 +1167,14 @@ SPREAD = (0.03, 0.03, 0.015, 0.1, 0.04, 0.03)  # standard deviation of each colu
 
 
 def draw_face(emotion, rng):
-    """Draw a face (48 x 48, grey, PIL image); shape, position, tilt, light, noise are random."""
+    """Draw a face (PIL image, 48 x 48, grey) with random shape, position, lighting and noise."""
     inner, outer, eye, smile, opening, mouth = EXPRESSIONS[emotion] + rng.normal(0, SPREAD)
     eye = max(eye, 0.02)
-    back, skin, dark = map(int, rng.uniform((20, 110, 15), (235, 230, 80)))
-    # Drawn four times as large as the image: middle and half of the face (x, y) in these pixels.
+    background, skin, dark = map(int, rng.uniform((20, 110, 15), (235, 230, 80)))
+    # The face is drawn four times as large as the image; lengths are in these pixels (x, y).
     middle = rng.normal(96, 6, 2)
     half = rng.uniform((56, 72), (72, 88))
-    image = Image.new("L", (192, 192), back)
+    image = Image.new("L", (192, 192), background)
     draw = ImageDraw.Draw(image)
 
     def place(*points):  # points in half faces from the middle
@@ -1142,101 +1194,100 @@ def draw_face(emotion, rng):
     gap = 0.4 * mouth * max(opening, 0.1) * (1 - across**2) + 0.025
     lips = [*zip(mouth * across, line - gap), *zip(mouth * across[::-1], (line + gap)[::-1])]
     draw.polygon(place(*lips), dark // 2)
-    image = image.rotate(rng.normal(0, 7), Image.Resampling.BILINEAR, fillcolor=back)
+    image = image.rotate(rng.normal(0, 7), Image.Resampling.BILINEAR, fillcolor=background)
     light = rng.uniform(0.6, 1.1) * (1 + np.linspace(-1, 1, SIZE) * rng.normal(0, 0.25))
     pixels = light * image.resize((SIZE, SIZE)) + rng.normal(0, 12, (SIZE, SIZE))
     return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
 
 
 def draw_faces(folder, seed):
-    """Write drawn faces into `folder`, laid out and named like Kaggle's FER-2013."""
-    print("Drawing faces: the accuracy on them means nothing for real faces")
+    """Save drawn faces in `folder`, with the layout and the file names of Kaggle's FER-2013."""
+    print("Drawing faces (accuracy on drawn faces says nothing about real faces)")
     rng = np.random.default_rng(seed)
-    for part, kind, count in (("train", "Training", 300), ("test", "PublicTest", 50),
-                              ("test", "PrivateTest", 50)):
+    for part, prefix, count in (("train", "Training", 300), ("test", "PublicTest", 50),
+                                ("test", "PrivateTest", 50)):
         for emotion in EXPRESSIONS:
             emotion_dir = Path(folder, part, emotion)
             emotion_dir.mkdir(parents=True, exist_ok=True)
             for number in range(count):
-                draw_face(emotion, rng).save(emotion_dir / f"{kind}_{number}.jpg")
+                draw_face(emotion, rng).save(emotion_dir / f"{prefix}_{number}.jpg")
 
 
 # --- Command line ---------------------------------------------------------------------------------
-def cpu_information():
-    """Return what Linux tells about the CPU; elsewhere, an empty text."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text() if cpuinfo.exists() else ""
+def cpu_info():
+    """Return Linux's description of the CPU; an empty text on other systems."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def hardware_name():
-    """Return the name of the GPU, or else of the CPU."""
+    """Return the name of the GPU, or of the CPU if there is no GPU."""
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
-    name = cpu_information().partition("model name\t: ")[2].partition("\n")[0]
+    name = cpu_info().partition("model name\t: ")[2].partition("\n")[0]
     return name or platform.processor() or platform.machine()
 
 
 def fastest_precision():
-    """Return the name of the dtype policy in which training is fastest on this machine."""
+    """Return the dtype policy that trains fastest on this machine."""
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         details = tf.config.experimental.get_device_details(gpus[0])
         has_tensor_cores = details.get("compute_capability", (0, 0)) >= (7, 0)
         return "mixed_float16" if has_tensor_cores else "float32"
-    cpu = cpu_information()
-    # Without AMX, bfloat16 takes Intel's processors 1.4 times as long as float32.
+    cpu = cpu_info()
+    # On Intel CPUs without AMX, bfloat16 takes 1.4 times as long as float32.
     is_fast = "amx_bf16" in cpu or ("AMD" in cpu and "avx512_bf16" in cpu)
     return "mixed_bfloat16" if is_fast else "float32"
 
 
-def between(kind, low, high):
-    """Return a type for argparse: numbers of a kind, int or float, from `low` to `high`."""
+def number_between(low, high, to_number):
+    """Return a type for argparse: numbers from `low` to `high`; `to_number` is int or float."""
     def number(text):
-        if not low <= kind(text) <= high:
+        if not low <= to_number(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
+        return to_number(text)
     return number
 
 
 def parse_command_line(arguments):
-    """Return the options; argparse ends the program if they make no sense."""
+    """Return the options; argparse ends the program if they are invalid."""
     parser = argparse.ArgumentParser(description="Train a network to recognise facial emotions, or "
-                                     "use it.", allow_abbrev=False)
+                                     "classify photos with it.", allow_abbrev=False)
     training = parser.add_argument_group("training")
     data = training.add_mutually_exclusive_group()
-    data.add_argument("--data-dir", metavar="DIR", help="folder that holds train/ and test/ "
+    data.add_argument("--data-dir", metavar="DIR", help="folder that contains train/ and test/ "
                       "(default: data, or a download)")
     data.add_argument("--demo", action="store_true", help="train on small drawn faces instead")
     training.add_argument("--crop-faces", action="store_true",
-                          help="cut the largest face out of each image of the dataset")
-    training.add_argument("--epochs", type=between(int, 1, 100_000), metavar="N",
+                          help="cut out the largest face of each image in the dataset")
+    training.add_argument("--epochs", type=number_between(1, 100_000, int), metavar="N",
                           help=f"passes over the training images (default: {EPOCHS}; demo: 4)")
-    training.add_argument("--batch-size", type=between(int, 2, 100_000), default=BATCH_SIZE,
-                          metavar="N", help="images per step (default: %(default)s)")
-    training.add_argument("--learning-rate", type=between(float, 1e-9, 1e3), default=LEARNING_RATE,
-                          metavar="X", help="learning rate of the first step; it falls from there "
-                          "(default: %(default)s)")
+    training.add_argument("--batch-size", type=number_between(2, 100_000, int), metavar="N",
+                          default=BATCH_SIZE, help="images per step (default: %(default)s)")
+    training.add_argument("--learning-rate", type=number_between(1e-9, 1e3, float), metavar="X",
+                          default=LEARNING_RATE, help="initial learning rate; decays to 0 along a "
+                          "cosine (default: %(default)s)")
     training.add_argument("--precision", choices=("float32", "mixed_bfloat16", "mixed_float16"),
-                          help="number format (default: what is fastest here)")
-    training.add_argument("--seed", type=between(int, 0, 2**31 - 1), default=0, metavar="N",
+                          help="number format (default: the fastest on this machine)")
+    training.add_argument("--seed", type=number_between(0, 2**31 - 1, int), default=0, metavar="N",
                           help="seed of all random numbers (default: %(default)s)")
     training.add_argument("--resume", action="store_true",
-                          help="go on with the run in --output-dir that was interrupted, and does "
-                          "not run any more")
+                          help="continue the interrupted run in --output-dir")
     prediction = parser.add_argument_group("prediction with the trained network")
     prediction.add_argument("--predict", nargs="+", action="extend", metavar="PHOTO",
-                            help="classify the faces in photos, or folders of photos")
+                            help="classify the faces in photos or in folders of photos")
     prediction.add_argument("--no-detect", action="store_true",
-                            help="take every photo as one face: look for none")
+                            help="treat each photo as a single face; use it when no face is found")
     prediction.add_argument("--json", action="store_true",
-                            help="print a JSON object per face and draw nothing")
+                            help="print a JSON object per face and draw no pictures")
     parser.add_argument("--output-dir", metavar="DIR",
-                        help="where all results are (default: output; demo: demo)")
+                        help="folder of all results (default: output; demo: demo)")
     options = parser.parse_args(arguments)
-    if "" in arguments:  # a variable of the shell that is not set, say
+    if "" in arguments:  # for example, a shell variable that is not set
         parser.error("an argument is empty")
-    # The names of the options given: --name value or --name=value.
+    # The names of the given options, as --name value or --name=value.
     given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
     if options.predict:
         useless = given - {"--predict", "--no-detect", "--json", "--output-dir"}
@@ -1245,25 +1296,76 @@ def parse_command_line(arguments):
     else:
         useless = given & {"--no-detect", "--json"}
     if useless:
-        parser.error(f"{', '.join(sorted(useless))} would have no effect here: leave it out")
-    options.output_dir = options.output_dir or ("demo" if options.demo else "output")
+        parser.error(f"{', '.join(sorted(useless))} would have no effect here. Leave it out")
+    output_dir, epochs = ("demo", 4) if options.demo else ("output", EPOCHS)
+    options.output_dir = options.output_dir or output_dir
+    options.epochs = options.epochs or epochs
     return options
 
 
-def save_results(output_dir, model, settings, data, history, scores, seconds):
-    """Write history.csv, and metrics.json with all that it takes to repeat the run."""
-    rows = [history, *zip(*history.values())]  # the names; a row per epoch
-    with whole_file(output_dir / "history.csv") as temporary:
+def end_program(reason, status, checkpoint=None):
+    """Print one line, which says how to resume if there is a checkpoint, and exit."""
+    if checkpoint and checkpoint.exists():
+        reason += f"; continue with --resume --output-dir {checkpoint.parent.parent}"
+    if status == 130 and sys.stderr.isatty():
+        print(file=sys.stderr)  # ends the line of the progress bar
+    print(reason, file=sys.stderr)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def program_errors(output_dir, checkpoint):
+    """End the program with one line and a status at Ctrl-C and at errors that a user can fix."""
+    interrupted = threading.Event()
+
+    def interrupt(number, frame):
+        interrupted.set()  # TensorFlow may turn KeyboardInterrupt into another error
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set above, before the imports
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except BrokenPipeError:  # the program that reads the output has ended, such as `head`
+        os._exit(141)  # 141 and 130 are the statuses that a shell reports
+    except BaseException as error:
+        if interrupted.is_set():
+            end_program("interrupted", 130, checkpoint)
+        if isinstance(error, InputError):
+            end_program(f"error: {error}", 2)
+        if isinstance(error, OSError):  # the disk is full, for example
+            end_program(f"error: {error.filename or output_dir}: {error.strerror or error}", 2,
+                        checkpoint)
+        raise
+
+
+def restore_options(options, checkpoint):
+    """Set the options to those of an interrupted run; return the seconds that it has taken.
+
+    If --data-dir is given, it replaces the one of the interrupted run.
+    """
+    state, _ = load_checkpoint(checkpoint, with_arrays=False)
+    moved_to = options.data_dir and os.path.abspath(options.data_dir)
+    vars(options).update(state["run"] | (state["source"] or {}))
+    options.data_dir = moved_to or options.data_dir
+    return sum(state["history"].get("seconds", []))
+
+
+def save_results(output_dir, model, options, data, history, scores, seconds):
+    """Save history.csv, and metrics.json with the settings of the run and all scores."""
+    with atomic_write(output_dir / "history.csv") as temporary:
         with open(temporary, "w", newline="") as file:
-            csv.writer(file).writerows(rows)
+            # The names of the columns, and a row per epoch.
+            csv.writer(file).writerows([history, *zip(*history.values())])
     best = int(np.argmax(history["val_accuracy"]))
-    megabytes = round((output_dir / NETWORK).stat().st_size / 1e6, 1)
+    settings = ("demo", "crop_faces", "epochs", "batch_size", "learning_rate", "precision", "seed")
     metrics = {
-        # Without the path, which is the user's own.
-        "settings": {name: value for name, value in settings.items() if name != "data_dir"},
+        "settings": {name: getattr(options, name) for name in settings}
+        | {"weight_decay": WEIGHT_DECAY},
         "images": {part: len(getattr(data, part).images)
                    for part in ("training", "validation", "test")},
-        "network": {"parameters": model.count_params(), "megabytes": megabytes},
+        "network": {"parameters": model.count_params(),
+                    "megabytes": round((output_dir / NETWORK_FILE).stat().st_size / 1e6, 1)},
         "test": scores,
         "best_epoch": history["epoch"][best],
         "validation": {"accuracy": history["val_accuracy"][best],
@@ -1273,109 +1375,61 @@ def save_results(output_dir, model, settings, data, history, scores, seconds):
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
                      "keras": keras.__version__},
     }
-    with whole_file(output_dir / "metrics.json") as temporary:
+    with atomic_write(output_dir / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def remove_checkpoint(checkpoint, history):
+    """Remove the checkpoint of a finished run, the plots beside it, and their folder."""
+    try:
+        for name in CHECKPOINT_FILE, *(f"{metric}.png" for metric in plotted_metrics(history)):
+            checkpoint.with_name(name).unlink(missing_ok=True)
+            checkpoint.with_name(f".{name}").unlink(missing_ok=True)  # from a run that was killed
+        checkpoint.parent.rmdir()
+    except OSError as error:  # it contains another file, or another program has it open
+        print(f"{checkpoint.parent} could not be removed ({error.strerror}). It is not needed any "
+              "more", file=sys.stderr)
 
 
 if __name__ == "__main__":
     started = time.perf_counter()
     options = parse_command_line(sys.argv[1:])
     output_dir = Path(options.output_dir)
-    checkpoint = output_dir / "unfinished" / CHECKPOINT
-
-    faces_dir = tempfile.TemporaryDirectory()  # stays empty without --demo
-    in_the_way = InputError(f"{checkpoint.parent} holds a run: if it was interrupted, go on with "
-                            "--resume or delete the folder; if it still runs, name another "
-                            "--output-dir")
-    is_running = False  # whether the unfinished run is this one
-
-    def tell_end(reason):
-        faces_dir.cleanup()
-        if is_running and is_checkpoint(checkpoint):
-            folder = "" if options.output_dir == "output" else f" --output-dir {output_dir}"
-            reason += f"; --resume{folder} goes on"
-        elif is_running:  # there is nothing to go on with, and an empty checkpoint bars a new run
-            with contextlib.suppress(OSError):
-                checkpoint.with_name(f".{CHECKPOINT}").unlink(missing_ok=True)  # half written
-                checkpoint.unlink(missing_ok=True)
-                checkpoint.parent.rmdir()
-        print(reason, file=sys.stderr)
-
-    def end_at_once(number, frame):  # KeyboardInterrupt may come out of TensorFlow as another error
-        if sys.stderr.isatty():
-            print(file=sys.stderr)  # ends the line of the progress bar
-        tell_end("interrupted")
-        os._exit(130)  # as shells do
-
-    if IS_PROGRAM:
-        warnings.simplefilter("ignore")
-        # Each line comes out at once, and characters that a terminal lacks as their numbers.
-        if hasattr(sys.stdout, "reconfigure"):  # IDLE's does not need it
-            sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, end_at_once)
-    try:
+    checkpoint = output_dir / "unfinished" / CHECKPOINT_FILE
+    with (program_errors(output_dir, None if options.predict else checkpoint),
+          tempfile.TemporaryDirectory() as demo_dir):
         if options.predict:
-            all_well = predict_emotions(options.predict, options.output_dir,
-                                        not options.no_detect, options.json)
-            sys.exit(0 if all_well else 2)
-
+            all_done = predict_emotions(options.predict, output_dir, detect=not options.no_detect,
+                                        as_json=options.json)
+            sys.exit(0 if all_done else 2)
         if options.resume:
-            state, _ = load_checkpoint(checkpoint)
-            settings = state["settings"]
-            if options.data_dir:  # it was moved
-                settings["data_dir"] = os.path.abspath(options.data_dir)
-            started -= sum(state["history"].get("seconds", []))  # as if it had never stopped
-            is_running = True
+            started -= restore_options(options, checkpoint)
         elif checkpoint.exists():
-            raise in_the_way
-        else:
-            data_dir = None if options.demo else os.path.abspath(options.data_dir or find_dataset())
-            settings = {"data_dir": data_dir, "demo": options.demo,
-                        "crop_faces": options.crop_faces,
-                        "epochs": options.epochs or (4 if options.demo else EPOCHS),
-                        "batch_size": options.batch_size, "learning_rate": options.learning_rate,
-                        "precision": options.precision or fastest_precision(),
-                        "seed": options.seed}
-        keras.utils.set_random_seed(settings["seed"])
-        keras.config.set_dtype_policy(settings["precision"])
-        print(f"{hardware_name()}, {settings['precision']}")
-        if settings["demo"]:
-            draw_faces(faces_dir.name, settings["seed"])
-        data = load_data(settings["data_dir"] or faces_dir.name, settings["crop_faces"])
-        faces_dir.cleanup()
-        model = create_CNN(len(data.emotions), settings["epochs"])
-        if not options.resume:
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                checkpoint.touch(exist_ok=False)  # the lock
-            except FileExistsError:
-                raise in_the_way from None
-            is_running = True
-        history = train_model(model, data, settings["epochs"], settings["batch_size"],
-                              settings["learning_rate"], settings["seed"], checkpoint, settings)
-        save_network(model, data.emotions, output_dir / NETWORK)
+            raise InputError(UNFINISHED_RUN.format(checkpoint.parent))
+        elif not options.demo:
+            options.data_dir = os.path.abspath(options.data_dir or find_dataset())
+        options.precision = options.precision or fastest_precision()
+        print(f"{hardware_name()}, {options.precision}")
+        keras.utils.set_random_seed(options.seed)
+        keras.config.set_dtype_policy(options.precision)
+        if options.demo:
+            draw_faces(demo_dir, options.seed)
+        data = load_data(options.data_dir or demo_dir, options.crop_faces)
+        model = create_CNN(len(data.emotions), options.epochs)
+        source = {name: getattr(options, name) for name in ("data_dir", "demo", "crop_faces")}
+        history = train_model(
+            model, data, epochs=options.epochs, batch_size=options.batch_size,
+            learning_rate=options.learning_rate, seed=options.seed, checkpoint=checkpoint,
+            resume=options.resume, source=source)
+        save_network(model, data.emotions, output_dir / NETWORK_FILE)
         scores, probabilities = evaluate_model(model, data)
-        save_results(output_dir, model, settings, data, history, scores,
-                     time.perf_counter() - started)
+        save_results(output_dir, model, options, data, history, scores,
+                     seconds=time.perf_counter() - started)
         plot_performance(history, scores, output_dir)
         plot_examples(data, probabilities, output_dir)
         plot_filters(model, data, output_dir)
-        try:
-            for name in CHECKPOINT, *(f"{metric}.png" for metric in history):
-                checkpoint.with_name(name).unlink(missing_ok=True)
-                checkpoint.with_name(f".{name}").unlink(missing_ok=True)  # of a run that was killed
-            checkpoint.parent.rmdir()
-        except OSError as error:  # another program has it open, say
-            print(f"{checkpoint.parent} could not be removed: {error.strerror}.  The run is "
-                  "finished: delete the folder when you can", file=sys.stderr)
-        print(f"\nSaved in {output_dir}: {', '.join(sorted(os.listdir(output_dir)))}")
-    except BrokenPipeError:  # what read the output has ended: `head`, say
-        faces_dir.cleanup()
-        os._exit(141)  # as shells do
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # the disk is full, say
-        tell_end(f"error: {error.filename or output_dir}: {error.strerror or error}")
-        sys.exit(2)
+        remove_checkpoint(checkpoint, history)
+        plots = [f"{name}.png" for name in (*plotted_metrics(history), "confusion_matrix",
+                                            "examples", "filters")]
+        print(f"\nSaved in {output_dir}: "
+              f"{', '.join([NETWORK_FILE, 'metrics.json', 'history.csv', *plots])}")

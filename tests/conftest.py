@@ -99,8 +99,8 @@ def read_history(output_dir):
 
 def kept_history(output_dir):
     """Return the history in the checkpoint of an unfinished run: {} where there is none yet."""
-    checkpoint = Path(output_dir, "unfinished", script.CHECKPOINT)
-    if not script.is_checkpoint(checkpoint):
+    checkpoint = Path(output_dir, "unfinished", script.CHECKPOINT_FILE)
+    if not checkpoint.exists() or not checkpoint.stat().st_size:  # not yet written
         return {}
     with np.load(checkpoint) as file:
         return json.loads(str(file["state"]))["history"]

@@ -14,7 +14,7 @@ import pytest
 from conftest import OUTPUTS, ROOT, RUN, SCRIPT, script
 from PIL import Image
 
-NETWORK = f"output/{script.NETWORK}"
+NETWORK = f"output/{script.NETWORK_FILE}"
 
 # Each case: arguments, what is done to a copy of the dataset in data/, words of the error line.
 BAD_INPUTS = {
@@ -26,28 +26,28 @@ BAD_INPUTS = {
                        ["data/archive.zip", "unpacked"]),
     "archive in the folder": ([], lambda data: [
         shutil.rmtree(data / "train"), (data / "archive.zip").write_text("x")],
-        ["data/train is missing", "unpacked", "data holds", "archive.zip"]),
+        ["data/train is missing", "unpacked", "data contains", "archive.zip"]),
     "dataset one level deeper": ([], lambda data: [
         (data / "fer2013").mkdir(),
         *[(data / part).rename(data / "fer2013" / part) for part in ("train", "test")]],
-        ["data/train is missing", "--data-dir", "data holds", "fer2013"]),
+        ["data/train is missing", "--data-dir", "data contains", "fer2013"]),
     "part of a dataset": (["--data-dir", "data/train"], None,
-                          ["data/train/train is missing", "data/train holds", "angry", "disgust"]),
+                          ["data/train/train is missing", "data/train contains", "angry", "disgust"]),
     "one part of another name": ([], lambda data: (data / "test").rename(data / "validation"),
-                                 ["data/test is missing", "data holds", "train", "validation"]),
+                                 ["data/test is missing", "data contains", "train", "validation"]),
     "no train": ([], lambda data: shutil.rmtree(data / "train"), ["data/train", "--data-dir"]),
     "no test": ([], lambda data: shutil.rmtree(data / "test"), ["data/test", "--data-dir"]),
     "emotion missing": ([], lambda data: shutil.rmtree(data / "test/fear"),
                         ["data/test/fear", "missing", "the same folders"]),
     "emotion empty": ([], lambda data: [file.unlink() for file in data.glob("train/sad/*")],
-                      ["data/train/sad", "holds no images", ".jpg"]),
+                      ["data/train/sad", "contains no images", ".jpg"]),
     "emotion too many": ([], lambda data: (data / "train/contempt").mkdir(),
                          ["data/test/contempt", "missing", "the same folders"]),
     "emotion of no characters": ([], lambda data: [
         (data / part / "sad").rename(data / part / os.fsdecode(b"tr\xfcb"))
         for part in ("train", "test")], ["data/train", "cannot be printed", r"tr\udcfcb"]),
     "one emotion": ([], lambda data: [shutil.rmtree(folder) for folder in data.glob("*/[!a]*")],
-                    ["data/train", "two or more emotions"]),
+                    ["data/train", "at least two folders"]),
     "nothing to hold out": ([], lambda data: [
         file.rename(file.with_name("x.png")) if "_0" in file.name else file.unlink()
         for file in data.glob("*/*/*.png")], ["train/", "too few"]),
@@ -62,7 +62,7 @@ BAD_INPUTS = {
         data / "train/fear/bomb.png"), ["data/train/fear/bomb.png", "cannot be read"]),
     "no network and no data": ([], shutil.rmtree, [
         "https://www.kaggle.com/datasets/msambare/fer2013", "data/", "--data-dir", "--demo"]),
-    "nothing to resume": (["--resume"], None, ["output/unfinished/checkpoint.npz", "start anew"]),
+    "nothing to resume": (["--resume"], None, ["output/unfinished/checkpoint.npz", "start again"]),
     "output is a file": (["--output-dir", "data/readme.txt"],
                          lambda data: (data / "readme.txt").write_text("x"), ["readme.txt"]),
     "output below a file": (["--output-dir", "data/readme.txt/output"],
@@ -72,7 +72,7 @@ BAD_INPUTS = {
         lambda data: (data / "readme.txt").write_text("x"), ["data/readme.txt/predictions"]),
     "photo missing": (["--predict", "gone.jpg", "--output-dir", "made"], None, ["gone.jpg"]),
     "network damaged": (["--predict", "x.png"], lambda data: (data.parent / NETWORK).write_text(
-        "no network"), [NETWORK, "train one", "--output-dir"]),
+        "no network"), [NETWORK, "Train a network", "--output-dir"]),
 }
 
 # Each case: arguments, words of the error that follows the usage.
@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_removed_is_told_and_bars_no_other_run(
         process = run_here("--data-dir", small_dataset, *RUN, "--epochs", 1, cwd=tmp_path)
         assert process.returncode == 0
         assert process.stdout.splitlines()[-1].startswith("Saved in output: ")
-        assert process.stderr.startswith("output/unfinished could not be removed: ")
+        assert process.stderr.startswith("output/unfinished could not be removed (")
         assert process.stderr.count("\n") == 1
         assert {path.name for path in (tmp_path / "output").iterdir()} == {*OUTPUTS, "unfinished"}
         assert list(own.parent.iterdir()) == [own] and own.read_text() == "Chapter one"
@@ -187,7 +187,7 @@ def test_nothing_but_the_script_and_keras_reaches_the_terminal(demo):
             if re.fullmatch(r"about \d+ min of training left", line)]
     assert len(left) >= 3
     beginnings = (metrics["processor"], "Drawing faces", "Reading", "7 emotions: ",
-                  "2,100 training", "Epoch ", "Test,", "All but", "  ", "Saved in")
+                  "2,100 training", "Epoch ", "Test: ", "Averaged over", "  ", "Saved in")
     for line in process.stdout.splitlines():
         assert (not line or line.startswith(beginnings) or line in left
                 or " - val_accuracy: " in line), line

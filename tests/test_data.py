@@ -85,7 +85,8 @@ def test_two_folders_for_validation_or_one_without_an_emotion_are_errors(tmp_pat
     make_dataset(tmp_path)
     shutil.copytree(tmp_path / "train", tmp_path / "val")
     shutil.rmtree(tmp_path / "val/sad")
-    with pytest.raises(script.InputError, match="val/sad is missing: train/ and val/ and test/"):
+    with pytest.raises(script.InputError, match="val/sad is missing. All of train/, val/, "
+                       "test/ must contain"):
         script.load_data(tmp_path)
     (tmp_path / "valid").mkdir()
     with pytest.raises(script.InputError, match="/val and .*/valid both exist"):
@@ -161,7 +162,7 @@ def test_clean_leaves_out_the_test_images_that_stand_in_train(tmp_path, capsys):
     shutil.copy(tmp_path / "train/sad/Training_0.png", tmp_path / "test/happy/PrivateTest_1.png")
     test = script.load_data(tmp_path).test
     assert np.flatnonzero(~test.clean).tolist() == [2 * EMOTIONS.index("happy") + 1]
-    assert "1 of the test images also stand in train/" in capsys.readouterr().out
+    assert "1 of the test images are also in train/" in capsys.readouterr().out
 
 
 def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(tmp_path, capfd):
@@ -176,17 +177,17 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(t
         (tmp_path / "train" / hidden).mkdir()
         (tmp_path / "train" / hidden / "hidden.png").write_text("no image")
     assert script.find_emotions([tmp_path / "train", tmp_path / "test"]) == EMOTIONS
-    paths, images, labels = script.read_images(tmp_path / "train", EMOTIONS)
+    paths, images, labels = script.read_images(tmp_path / "train", EMOTIONS, crop_faces=False)
     assert images.shape == (8, 48, 48, 1) and images.dtype == "uint8"
     assert [path.name for path in paths] == ["Training_0.png", "photo.GIF"] + ["Training_0.png"] * 6
     assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
     assert (np.delete(images, 1, axis=0) == 90).all()
     output, errors = capfd.readouterr()
-    assert output == ("2 of 8 images are larger than 64 pixels and are scaled as they are: if they "
+    assert output == ("2 of 8 images are larger than 64 pixels. They are scaled down whole; if they "
                       "show more than a face, use --crop-faces\n")
     assert errors == (
-        f"{tmp_path / 'train/happy'}: 3 of 4 files passed over, no images by their endings "
-        "(.db, .txt)\n")
+        f"{tmp_path / 'train/happy'}: skipped 3 of 4 files that are not images (.db, "
+        ".txt)\n")
 
 
 def test_images_are_read_however_deep_they_lie(tmp_path, capfd):
@@ -203,9 +204,9 @@ def test_images_are_read_however_deep_they_lie(tmp_path, capfd):
 
 
 def test_image_endings_are_those_that_can_be_read():
-    assert script.IMAGE_ENDINGS >= {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif",
+    assert script.IMAGE_EXTENSIONS >= {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif",
                                     ".heic"}
-    assert not script.IMAGE_ENDINGS & {".mpg", ".h5", ".grib", ".pdf", ".txt", ".mp4"}
+    assert not script.IMAGE_EXTENSIONS & {".mpg", ".h5", ".grib", ".pdf", ".txt", ".mp4"}
 
 
 def test_emotions_are_the_folders_of_the_dataset(tmp_path, run_here):
@@ -278,8 +279,8 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, damage):
 def test_more_than_8_bits_are_refused_and_not_taken_for_white(tmp_path):
     deep = np.full((60, 60), 30000, "uint16")
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    for photo, words in (tmp_path / "deep.png", f"^{tmp_path}/deep.png .* 8 bits a channel"), (
-            deep, "^this ndarray .* uint16 60 x 60$"):
+    for photo, words in (tmp_path / "deep.png", f"^{tmp_path}/deep.png .* 8 bits per channel"), (
+            deep, "^this ndarray .* uint16, 60 x 60$"):
         with pytest.raises(script.InputError, match=words):
             script.open_image(photo)
 
@@ -318,7 +319,7 @@ def test_names_that_are_not_utf_8(small_dataset, tmp_path, run_here):
         pytest.skip("this file system wants UTF-8")
     image = data / os.fsdecode(b"train/sad/Training_\xff.png")
     (data / "train/sad/Training_0.png").rename(image)
-    assert len(script.read_images(data / "train", EMOTIONS)[1]) == 42
+    assert len(script.read_images(data / "train", EMOTIONS, crop_faces=False)[1]) == 42
     image.write_bytes(b"")
     process = run_here("--data-dir", data, cwd=tmp_path)
     assert process.returncode == 2 and process.stderr.count("\n") == 1
@@ -413,15 +414,11 @@ def test_an_epoch_leaves_the_random_numbers_of_others_alone(small_dataset):
     assert np.array_equal(np.random.random(3), expected)
 
 
-@pytest.mark.parametrize(("augmentation", "words"), [
-    ({"brightness_range": (0.5, 1)}, "is not affine"), ({"rescale": 1 / 255}, "is not affine"),
-    ({"channel_shift_range": 20}, "is not affine"),
-    ({"width_shift_range": 4}, "must be a share of the image"),
-    ({"height_shift_range": [-2, 0, 2]}, "must be a share of the image")])
-def test_augmentation_that_cannot_be_drawn_is_an_error(
-        small_dataset, monkeypatch, augmentation, words):
+@pytest.mark.parametrize("augmentation", [
+    {"brightness_range": (0.5, 1)}, {"rescale": 1 / 255}, {"channel_shift_range": 20}])
+def test_augmentation_that_is_not_affine_is_an_error(small_dataset, monkeypatch, augmentation):
     monkeypatch.setattr(script, "AUGMENTATION", {"zoom_range": 0.1, **augmentation})
-    with pytest.raises(script.InputError, match=f"AUGMENTATION: {[*augmentation][0]} {words}"):
+    with pytest.raises(script.InputError, match=f"AUGMENTATION: {[*augmentation][0]} is not aff"):
         script.load_data(small_dataset)
 
 

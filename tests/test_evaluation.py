@@ -80,7 +80,7 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
     assert np.array_equal(scores["confusion_matrix"], expected)
     json.dumps(scores)  # as metrics.json holds them
     output = capsys.readouterr().out
-    for words in ("Test, 6 images, 4 of them clean", "  accuracy               0.6667\n",
+    for words in ("Test: 6 images, 4 of them clean", "  accuracy               0.6667\n",
                   "balanced accuracy      0.6250\n", "clean accuracy         0.7500\n",
                   "single image accuracy  0.6667\n", "calibration error      0.0333\n",
                   "loss                   1.2364\n",
@@ -265,7 +265,7 @@ def test_examples_are_the_surest_of_each_emotion_right_and_wrong(tmp_path, figur
                      [(9, "angry 50%")], [(10, "angry 50%")], [(11, "angry 50%")]]
     assert [axes.get_ylabel() for axes in figures[0].subfigs[0].axes[::3]] == EMOTIONS
     assert [half.get_suptitle() for half in figures[0].subfigs] == [
-        "Surest and right", "Surest and wrong: taken for"]
+        "Most confident: correct", "Most confident: incorrect"]
     assert is_picture(tmp_path / "examples.png", shades=10)
 
 
@@ -407,7 +407,7 @@ def test_filters_are_drawn_for_every_network_and_few_images(tmp_path, changes):
 def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
     folder, process = demo
     assert process.returncode == 0, process.stderr
-    assert "means nothing for real faces" in process.stdout
+    assert "says nothing about real faces" in process.stdout
     metrics = json.loads((folder / "demo/metrics.json").read_text())
     assert metrics["test"]["accuracy"] >= 0.9
     assert metrics["images"] == {"training": 2100, "validation": 350, "test": 350}
@@ -418,7 +418,9 @@ def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
 def test_run_leaves_all_files_and_lists_them(demo):
     folder, process = demo
     assert {path.name for path in (folder / "demo").iterdir()} == OUTPUTS
-    assert process.stdout.splitlines()[-1] == f"Saved in demo: {', '.join(sorted(OUTPUTS))}"
+    assert process.stdout.splitlines()[-1] == (
+        "Saved in demo: emotion_recognition_cnn.keras, metrics.json, history.csv, accuracy.png, "
+        "loss.png, confusion_matrix.png, examples.png, filters.png")
 
 
 def test_history_has_a_row_per_epoch(demo):
@@ -446,7 +448,7 @@ def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
     precision = metrics["settings"].pop("precision")
     assert metrics["settings"] == {  # and no path of the user's
         "demo": True, "crop_faces": False, "epochs": 4, "batch_size": 128, "learning_rate": 0.006,
-        "seed": 0}
+        "seed": 0, "weight_decay": 0.004}
     assert metrics["processor"] == script.hardware_name()
     assert precision == script.fastest_precision()
     assert process.stdout.startswith(f"{metrics['processor']}, {precision}\n")

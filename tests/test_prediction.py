@@ -21,7 +21,7 @@ import tensorflow as tf
 from conftest import EMOTIONS, ROOT, foreign_model, run, script, small_network, start
 from PIL import Image
 
-INCLUDED = ROOT / "docs/runs/88-0" / script.NETWORK
+INCLUDED = ROOT / "docs/runs/88-0" / script.NETWORK_FILE
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def trained(tmp_path_factory):
 def untrained(tmp_path_factory):
     """Return an output folder with a small network, for what any network shows."""
     folder = tmp_path_factory.mktemp("untrained")
-    script.save_network(small_network(), EMOTIONS, folder / script.NETWORK)
+    script.save_network(small_network(), EMOTIONS, folder / script.NETWORK_FILE)
     return folder
 
 
@@ -103,7 +103,7 @@ def test_predictions_are_those_of_the_evaluation(
     metrics = json.loads((whole_run / "output/metrics.json").read_text())["test"]
     assert np.mean(correct) == metrics["accuracy"]
 
-    model, emotions = script.load_network(whole_run / "output" / script.NETWORK)
+    model, emotions = script.load_network(whole_run / "output" / script.NETWORK_FILE)
     assert emotions == EMOTIONS
     probabilities = script.classify_faces(model, script.load_data(small_dataset).test.images)
     predicted = np.array([list(face["probabilities"].values()) for face in faces])
@@ -129,7 +129,7 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
     process = run("--predict", "cut.png", "album", "wall.png", "gone.png", cwd=tmp_path)
     assert process.returncode == 2, process.stderr
     lines = process.stdout.splitlines()
-    drawn = [line.removeprefix("  drawn in ") for line in lines if "face" not in line]
+    drawn = [line.removeprefix("  picture: ") for line in lines if "face" not in line]
     assert len(set(drawn)) == 2  # both are of a photo with the name pair
     rows = [line for line in lines if "face" in line]
     for row, face in zip(rows, ["2/5 album/deep/pair.jpg, face 1: ", "3/5 album/pair.png, face 1: ",
@@ -141,7 +141,7 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
         surest = max(shares, key=shares.get)
         assert row.startswith(f"{face}{surest} {shares[surest]}%  (")
     passed_over, cut, wall, gone = process.stderr.splitlines()  # and nothing of TensorFlow's
-    assert passed_over.startswith("album: 1 of 3 files") and passed_over.endswith("(.txt)")
+    assert passed_over.startswith("album: skipped 1 of 3 files") and passed_over.endswith("(.txt)")
     assert cut.startswith("error: cut.png cannot be read as an image: ")
     assert wall.startswith("wall.png: no face") and "--no-detect" in wall
     assert gone.startswith("error: gone.png ") and "No such file" in gone
@@ -227,7 +227,7 @@ def test_what_is_no_photo_is_told_from_python(network, tmp_path):
     ids=lambda array: f"{array.dtype} {array.shape} {array.max()}")
 def test_other_arrays_are_told_what_they_are(network, array):
     with pytest.raises(script.InputError, match="^this ndarray cannot be read as an image: an "
-                       f"array must be .*; this one is {array.dtype} {array.shape[0]}"):
+                       f"array must be .*; this one is {array.dtype}, {array.shape[0]}"):
         script.classify_photo(array, *network)
 
 
@@ -351,7 +351,7 @@ def test_a_folder_is_searched_for_all_that_pillow_opens(untrained, tmp_path, cap
         assert all_well
         assert [face["file"] for face in faces] == [str(album / name)
                                                     for name in (*photos, "h.heic")]
-        assert errors.startswith(f"{album}: 3 of 11 ")
+        assert errors.startswith(f"{album}: skipped 3 of 11 ")
         assert errors.endswith("(.mp4, .txt)\n") and errors.count("\n") == 1
 
 
@@ -389,7 +389,7 @@ def test_pictures_never_overwrite_a_photo(untrained, capsys):
     assert [photo.read_bytes() for photo in photos] == before
     pictures = sorted((untrained / "predictions").glob("*.emotions.jpg"))
     assert [file.name.partition("-")[0] for file in pictures] == ["face", "n" * 50]
-    assert f"drawn in {pictures[0]}\n" in capsys.readouterr().out
+    assert f"picture: {pictures[0]}\n" in capsys.readouterr().out
 
 
 def test_pictures_are_named_by_the_paths_of_their_photos(untrained, tmp_path, monkeypatch, capsys):
@@ -412,7 +412,7 @@ def test_a_picture_that_cannot_be_written_loses_no_photo(untrained, tmp_path, ca
     rows, errors = capsys.readouterr()
     assert [row.partition(",")[0] for row in rows.splitlines()] == [
         f"1/2 {photos[0]}", f"2/2 {photos[1]}"]
-    assert errors.count("\n") == 2 and "drawn in" not in rows
+    assert errors.count("\n") == 2 and "  picture: " not in rows
     for line in errors.splitlines():
         assert line.startswith(f"error: {untrained}/predictions/") and "cannot be written" in line
 
@@ -608,7 +608,7 @@ def test_a_network_in_parts_computes_the_same(count):
         return tf.constant(images) * 2, tf.reduce_sum(images, axis=1)
 
     images = np.arange(2.0 * count).reshape(count, 2)
-    twice, sums = script.in_parts(network, images)
+    twice, sums = script.in_chunks(network, images)
     assert np.array_equal(twice, images * 2) and np.array_equal(sums, images.sum(axis=1))
     assert max(sizes) <= 64
 
@@ -673,14 +673,14 @@ def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
     face = sad_face(tmp_path / "face.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "__file__", str(tmp_path / "project/script.py"))
-    with pytest.raises(script.InputError, match="docs/runs/88-0/.*train one"):
+    with pytest.raises(script.InputError, match="docs/runs/88-0/.*Train a network"):
         script.predict_emotions([face])
 
-    shipped = tmp_path / "project/docs/runs/88-0" / script.NETWORK
+    shipped = tmp_path / "project/docs/runs/88-0" / script.NETWORK_FILE
     shipped.parent.mkdir(parents=True)
-    shutil.copy(untrained / script.NETWORK, shipped)
+    shutil.copy(untrained / script.NETWORK_FILE, shipped)
     all_read, (found,), errors = predict([face], "output", capsys, detect=False)
-    assert all_read and errors == f"no network in output yet: predicting with {shipped}\n"
+    assert all_read and errors == f"no network in output yet: using {shipped}\n"
     for output_dir in "output", "elsewhere":
         assert script.predict_emotions([face], output_dir, detect=False)
         assert len(list(Path(output_dir, "predictions").glob("face-*.emotions.jpg"))) == 1
@@ -688,7 +688,7 @@ def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
     shipped.write_bytes(b"not a network")
     with pytest.raises(script.InputError, match=f"^{shipped} is .*network of this script"):
         script.predict_emotions([face])
-    shutil.copy(untrained / script.NETWORK, "output")
+    shutil.copy(untrained / script.NETWORK_FILE, "output")
     assert predict([face], "output", capsys, detect=False) == (True, [found], "")
 
 
@@ -696,10 +696,10 @@ def test_network_in_docs_knows_a_happy_face_and_is_the_one_of_its_figures(
         network, astronaut, tmp_path, run_here):
     """Without FER-2013: its figures agree with the file, its epochs and with one another."""
     astronaut.save(tmp_path / "astronaut.png")
-    assert list(ROOT.glob(f"docs/runs/*/{script.NETWORK}")) == [INCLUDED]
+    assert list(ROOT.glob(f"docs/runs/*/{script.NETWORK_FILE}")) == [INCLUDED]
     process = run_here("--predict", "astronaut.png", "--json", cwd=tmp_path)
     assert process.returncode == 0
-    assert process.stderr == f"no network in output yet: predicting with {INCLUDED}\n"
+    assert process.stderr == f"no network in output yet: using {INCLUDED}\n"
     assert json.loads(process.stdout)["emotion"] == "happy"
     assert [file.name for file in tmp_path.iterdir()] == ["astronaut.png"]  # nothing was trained
 
@@ -769,8 +769,8 @@ def network_of_another_keras(path):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (None, ["not found", "train one", "--output-dir"]),
-    (lambda path: path.write_bytes(b"not a network"), ["damaged", "train one", "--output-dir"]),
+    (None, ["not found", "Train a network", "--output-dir"]),
+    (lambda path: path.write_bytes(b"not a network"), ["damaged", "Train a network", "--output-dir"]),
     (network_of_another_keras, ["another version of Keras than " + keras.__version__, "argument"]),
     (foreign_model, ["network of this script"]),
     (network_without_names, ["network of this script", "emotions.json"]),
@@ -778,9 +778,9 @@ def network_of_another_keras(path):
 def test_without_a_network_that_fits_there_is_one_line(tmp_path, monkeypatch, damage, words):
     monkeypatch.setattr(script, "__file__", str(tmp_path / "script.py"))  # none is included
     if damage:
-        damage(tmp_path / script.NETWORK)
+        damage(tmp_path / script.NETWORK_FILE)
     with pytest.raises(script.InputError) as raised:
         script.predict_emotions([tmp_path / "x.png"], tmp_path)
-    assert all(word in str(raised.value) for word in [*words, script.NETWORK])
+    assert all(word in str(raised.value) for word in [*words, script.NETWORK_FILE])
     assert "\n" not in str(raised.value)
     assert len(list(tmp_path.iterdir())) == bool(damage)

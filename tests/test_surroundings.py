@@ -112,7 +112,7 @@ def test_run_in_a_notebook_leaves_its_settings_alone(tmp_path, monkeypatch, capf
     handler, filters = signal.getsignal(signal.SIGINT), list(warnings.filters)
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert end.value.code == 2 and "holds no run to go on with" in capfd.readouterr().err
+    assert end.value.code == 2 and "is not a usable checkpoint" in capfd.readouterr().err
     assert os.environ["MPLBACKEND"] == "module://matplotlib_inline.backend_inline"
     assert signal.getsignal(signal.SIGINT) is handler and warnings.filters == filters
 
@@ -177,7 +177,7 @@ def test_python_of_the_readme_gives_what_the_command_line_gives(
 
 def test_network_of_the_readme_without_the_script(tmp_path, monkeypatch, capsys):
     """It sees the pixels that --predict sees, in one view of the 18."""
-    network, = ROOT.glob(f"docs/runs/*/{script.NETWORK}")
+    network, = ROOT.glob(f"docs/runs/*/{script.NETWORK_FILE}")
     (tmp_path / "output").mkdir()
     shutil.copy(network, tmp_path / "output")
     rng = np.random.default_rng(0)

@@ -81,10 +81,9 @@ def test_defaults_in_python_belong_together_and_are_those_of_the_command_line():
     assert dropout_rates(script.create_CNN(7)) == pytest.approx(
         dropout_rates(script.create_CNN(7, of_training["epochs"])))
     options = script.parse_command_line([])
-    assert options.epochs is None and of_training["epochs"] == script.EPOCHS
-    for name in "batch_size", "learning_rate", "seed":
+    for name in "epochs", "batch_size", "learning_rate", "seed":
         assert getattr(options, name) == of_training[name]
-    assert of_training["checkpoint"] is None and of_training["settings"] is None
+    assert of_training["checkpoint"] is None and of_training["source"] is None
 
 
 def test_a_batch_is_of_two_images_at_least(capsys):
@@ -139,8 +138,8 @@ def test_saved_model_predicts_in_float32(data, tmp_path, dtype_policy, precision
     assert {layer.compute_dtype for layer in model.layers[:-1]} == {precision.split("_")[-1]}
     train(model, data, batch_size=42)
     dtype_policy("float32")
-    script.save_network(model, data.emotions, tmp_path / script.NETWORK)
-    saved = keras.models.load_model(tmp_path / script.NETWORK)
+    script.save_network(model, data.emotions, tmp_path / script.NETWORK_FILE)
+    saved = keras.models.load_model(tmp_path / script.NETWORK_FILE)
     assert {layer.compute_dtype for layer in saved.layers} == {"float32"}
     predictions = saved.predict(data.test.images, verbose=0)
     assert predictions.dtype == "float32"
@@ -244,36 +243,37 @@ def test_plots_beside_the_checkpoint_are_current_after_every_epoch(data, tmp_pat
         plotted.append([*history["epoch"], (output_dir / "accuracy.png").read_bytes()])
 
     monkeypatch.setattr(script, "plot_history", plot_and_tell)
-    train(small_network(), data, epochs=2, checkpoint=tmp_path / script.CHECKPOINT)
+    train(small_network(), data, epochs=2, checkpoint=tmp_path / script.CHECKPOINT_FILE)
     assert [epochs for *epochs, _ in plotted] == [[1], [1, 2]]
     assert plotted[0][-1] != plotted[1][-1]
     assert {path.name for path in tmp_path.iterdir()} == {
-        "accuracy.png", "loss.png", script.CHECKPOINT}
+        "accuracy.png", "loss.png", script.CHECKPOINT_FILE}
 
 
 def test_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync") or fsync(file))
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
-    script.save_checkpoint(tmp_path / "run.npz", {"history": {"epoch": [1]}},
-                           [np.ones(2), np.zeros(3)])
+    expected = {"history": {"epoch": [1]}, "run": {}, "source": None}
+    script.save_checkpoint(tmp_path / "run.npz", expected, [np.ones(2), np.zeros(3)])
     assert calls == ["fsync", "replace"]
     state, (variable, weight) = script.load_checkpoint(tmp_path / "run.npz")
-    assert state == {"history": {"epoch": [1]}}
+    assert state == expected
+    assert script.load_checkpoint(tmp_path / "run.npz", with_arrays=False) == (expected, [])
     assert variable.tolist() == [1, 1] and weight.tolist() == [0, 0, 0]
 
 
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     path = tmp_path / "new folder" / "file.txt"
-    with script.whole_file(path) as part:
+    with script.atomic_write(path) as part:
         part.write_text("the one before")
         assert not path.exists()
-    with pytest.raises(OSError, match="disk"), script.whole_file(path) as part:
+    with pytest.raises(OSError, match="disk"), script.atomic_write(path) as part:
         part.write_text("half of")
         raise OSError("disk full")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="share"):
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("share gone")))
-        with script.whole_file(path) as part:
+        with script.atomic_write(path) as part:
             part.write_text("all of it")
     assert path.read_text() == "the one before" and list(path.parent.iterdir()) == [path]
 
@@ -311,7 +311,7 @@ def test_a_training_goes_on_exactly_wherever_it_was_interrupted(
         assert len(state["history"]["epoch"]) == checkpoints - 1
         keras.utils.set_random_seed(99)  # a new process has other random numbers
         resumed = small_network()
-        resumed_history = train(resumed, data, epochs=2, checkpoint=str(checkpoint))
+        resumed_history = train(resumed, data, epochs=2, checkpoint=str(checkpoint), resume=True)
         assert without_seconds(resumed_history) == without_seconds(history)
         assert all(map(np.array_equal, resumed.get_weights(), whole.get_weights()))
 
@@ -320,7 +320,7 @@ def test_a_finished_checkpoint_gives_the_finished_training(data, tmp_path, monke
     first, again = small_network(), small_network()
     history = train(first, data, checkpoint=tmp_path / "run.npz")
     monkeypatch.setattr(keras.Sequential, "fit", lambda *_, **__: pytest.fail("trained again"))
-    assert train(again, data, checkpoint=tmp_path / "run.npz") == history
+    assert train(again, data, checkpoint=tmp_path / "run.npz", resume=True) == history
     assert all(map(np.array_equal, first.get_weights(), again.get_weights()))
 
 
@@ -349,7 +349,7 @@ def test_ranges_that_are_tuples_resume(data, tmp_path, monkeypatch, no_plots):
     with monkeypatch.context() as patch, pytest.raises(Interruption):
         interrupt(patch, checkpoints=1)
         train(small_network(), data, checkpoint=tmp_path / "run.npz")
-    history = train(small_network(), data, checkpoint=tmp_path / "run.npz")
+    history = train(small_network(), data, checkpoint=tmp_path / "run.npz", resume=True)
     assert history["epoch"] == [1]
 
 
@@ -362,10 +362,10 @@ def test_float16_resumes_exactly_although_the_loss_scale_skips_steps(
         original(optimizer, *inner, **settings | {"dynamic_growth_steps": 1})
         optimizers.append(optimizer)
 
-    def train_network(name):
+    def train_network(name, **settings):
         keras.utils.set_random_seed(3)
         model = small_network()
-        history = train(model, data, epochs=2, checkpoint=tmp_path / name)
+        history = train(model, data, epochs=2, checkpoint=tmp_path / name, **settings)
         return without_seconds(history), model.get_weights()
 
     monkeypatch.setattr(keras.optimizers.LossScaleOptimizer, "__init__", grow_fast)
@@ -376,14 +376,14 @@ def test_float16_resumes_exactly_although_the_loss_scale_skips_steps(
         train_network("interrupted.npz")
     steps = math.ceil(len(data.training.images) / 8)
     assert int(optimizers[-1].inner_optimizer.iterations) < steps  # some left out
-    resumed_history, resumed_weights = train_network("interrupted.npz")
+    resumed_history, resumed_weights = train_network("interrupted.npz", resume=True)
     assert resumed_history == history and len(history["loss"]) == 2
     assert all(map(np.array_equal, resumed_weights, weights))
 
 
 def test_loss_that_is_not_finite_ends_the_training(data, tmp_path):
     model = small_network()
-    with pytest.raises(script.InputError, match="loss is NaN or infinite: .* lower learning rate"):
+    with pytest.raises(script.InputError, match="loss is NaN or infinite. .* lower learning rate"):
         train(model, data, learning_rate=1e30, checkpoint=tmp_path / "run.npz")
     state, _ = script.load_checkpoint(tmp_path / "run.npz")
     assert state["history"] == {"epoch": []}  # nothing of that epoch is kept
@@ -393,7 +393,7 @@ def test_loss_that_is_not_finite_ends_the_training(data, tmp_path):
     ({"epochs": 4}, "epochs"), ({"batch_size": 16}, "batch size"), ({"seed": 1}, "seed"),
     ({"learning_rate": 0.1}, "learning rate"), ({}, "images"), ({}, "labels"),
     ({}, "augmentation"), ({}, "precision"), ({}, "number of parameters"),
-    ({"epochs": 4, "seed": 1}, "epochs and seed")])
+    ({"epochs": 4, "seed": 1}, "epochs and the seed")])
 def test_a_checkpoint_of_another_run_is_refused_and_stays(
         data, tmp_path, monkeypatch, dtype_policy, settings, what):
     checkpoint = tmp_path / "run.npz"
@@ -411,15 +411,33 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(
     elif what == "precision":
         dtype_policy("mixed_bfloat16")
     model = script.create_CNN(7) if what == "number of parameters" else small_network()
-    with pytest.raises(script.InputError, match=f"run.npz does not fit: the {what} changed since"):
-        train(model, data, **{"epochs": 3, "checkpoint": checkpoint} | settings)
+    with pytest.raises(script.InputError, match=f"run.npz does not match: the {what} changed"):
+        train(model, data, **{"epochs": 3, "checkpoint": checkpoint, "resume": True} | settings)
     assert checkpoint.read_bytes() == before
 
 
-def test_settings_are_kept_for_the_run_that_goes_on(data, tmp_path, monkeypatch):
-    settings = {"data_dir": "somewhere", "precision": "float32"}
+def test_the_source_of_the_data_is_kept_for_the_run_that_goes_on(data, tmp_path, monkeypatch):
+    source = {"data_dir": "somewhere", "demo": False}
     interrupt(monkeypatch, checkpoints=1)
     with pytest.raises(Interruption):
-        train(small_network(), data, checkpoint=tmp_path / "run.npz", settings=settings)
+        train(small_network(), data, checkpoint=tmp_path / "run.npz", source=source)
     state, _ = script.load_checkpoint(tmp_path / "run.npz")
-    assert state["settings"] == settings
+    assert state["source"] == source and state["run"]["weight_decay"] == script.WEIGHT_DECAY
+
+
+def test_a_checkpoint_is_not_overwritten_by_a_new_run(data, tmp_path, no_plots):
+    train(small_network(), data, checkpoint=tmp_path / "run.npz")
+    before = (tmp_path / "run.npz").read_bytes()
+    with pytest.raises(script.InputError, match="contains an unfinished run.* --resume or delete"):
+        train(small_network(), data, checkpoint=tmp_path / "run.npz")
+    assert (tmp_path / "run.npz").read_bytes() == before
+
+
+def test_a_first_checkpoint_that_fails_leaves_nothing_that_bars_a_run(
+        data, tmp_path, monkeypatch, no_plots):
+    checkpoint = tmp_path / "unfinished/run.npz"
+    for error in OSError("disk full"), KeyboardInterrupt:
+        with monkeypatch.context() as patch, pytest.raises((OSError, KeyboardInterrupt)):
+            patch.setattr(np, "savez", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+            train(small_network(), data, checkpoint=checkpoint)
+        assert not list(tmp_path.iterdir())

@@ -58,7 +58,7 @@ INGREDIENTS = {
     "dropout": {"layers.SpatialDropout2D(0.18 * dropout),": "",
                 "layers.Dropout(0.4 * dropout),": ""},
     "weaker dropout in short runs": {"0.18 * dropout": "0.18", "0.4 * dropout": "0.4"},
-    "cosine decay": {"keras.optimizers.AdamW(schedule)": "keras.optimizers.AdamW(learning_rate)"},
+    "cosine decay": {"keras.optimizers.AdamW(schedule,": "keras.optimizers.AdamW(learning_rate,"},
     "augmentation": {"ImageDataGenerator(**AUGMENTATION)": "ImageDataGenerator()"},
     "weights of the emotions": {"np.cbrt(counts.mean() / counts)": "np.ones(len(counts))"},
 }

@@ -16,7 +16,7 @@ def load_included(description):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="folder that holds train/ and test/")
     options = parser.parse_args()
-    network, = ROOT.glob(f"docs/runs/*/{script.NETWORK}")
+    network, = ROOT.glob(f"docs/runs/*/{script.NETWORK_FILE}")
     model, emotions = script.load_network(network)
     data = script.load_data(options.data_dir)
     if emotions != data.emotions:
