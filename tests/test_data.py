@@ -183,8 +183,8 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(t
     assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
     assert (np.delete(images, 1, axis=0) == 90).all()
     output, errors = capfd.readouterr()
-    assert output == ("2 of 8 images are larger than 64 pixels. They are scaled down whole; if they "
-                      "show more than a face, use --crop-faces\n")
+    assert output == ("2 of 8 images are larger than 64 pixels. They are scaled down whole; if "
+                      "they show more than a face, use --crop-faces\n")
     assert errors == (
         f"{tmp_path / 'train/happy'}: skipped 3 of 4 files that are not images (.db, "
         ".txt)\n")

@@ -51,7 +51,8 @@ def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(
     wait_for_checkpoint(process, tmp_path, 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "interrupted; continue with --resume --output-dir output\n")
+    assert (process.returncode, errors) == (
+        130, "interrupted; continue with --resume --output-dir output\n")
     unfinished = tmp_path / "output/unfinished"
     assert names(tmp_path / "output") == {"unfinished"}
 

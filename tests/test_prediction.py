@@ -770,7 +770,8 @@ def network_of_another_keras(path):
 
 @pytest.mark.parametrize("damage, words", [
     (None, ["not found", "Train a network", "--output-dir"]),
-    (lambda path: path.write_bytes(b"not a network"), ["damaged", "Train a network", "--output-dir"]),
+    (lambda path: path.write_bytes(b"not a network"),
+     ["damaged", "Train a network", "--output-dir"]),
     (network_of_another_keras, ["another version of Keras than " + keras.__version__, "argument"]),
     (foreign_model, ["network of this script"]),
     (network_without_names, ["network of this script", "emotions.json"]),
