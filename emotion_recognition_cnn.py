@@ -5,9 +5,9 @@
     python emotion_recognition_cnn.py --predict PHOTO    classify the faces in a photo
 
 The network has two convolution blocks and two dense layers.  The script chooses the best epoch on
-the PublicTest images and evaluates it once on the PrivateTest images.  After 44 epochs, the
-default, it classifies 70.1 % of them correctly (mean of three seeds on two CPU cores; see
-docs/RESULTS.md).  Plots, scores and the network are saved in output/.
+the PublicTest images and evaluates the network once, on the PrivateTest images.  After 44 epochs,
+the default, the network classifies 70.1 % of them correctly (mean of three seeds on two CPU cores;
+see docs/RESULTS.md).  Plots, scores and the network are saved in output/.
 
 FER-2013: Goodfellow et al. (2013), "Challenges in representation learning", arXiv:1307.0414.
 """
@@ -35,24 +35,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# False if imported, or run in a notebook with %run.  Keras imports IPython, so this comes first.
-IS_PROGRAM = __name__ == "__main__" and "IPython" not in sys.modules
-if IS_PROGRAM:
+# Not if imported, or started with %run.  This must come before Keras, which imports IPython.
+if __name__ == "__main__" and "IPython" not in sys.modules:
     warnings.simplefilter("ignore")
-    if hasattr(sys.stdout, "reconfigure"):  # IDLE's stdout does not need it
-        # Print each line at once.  If a terminal lacks a character, print its number.
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE's stdout does not have it
+        # Print each line at once, and escape characters that the terminal cannot show.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     os.environ["MPLBACKEND"] = "agg"  # Jupyter sets its own backend for every program it starts
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if in the background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as with nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 os.environ["KERAS_BACKEND"] = "tensorflow"
-# Without oneDNN, bfloat16 is up to 60 times slower, and TensorFlow's own messages suggest 0.
+# oneDNN makes bfloat16 up to 60 times faster.  TensorFlow's log suggests to set this to 0.
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# By default, TensorFlow takes all memory of the GPU, which a notebook's kernel may use as well.
+# TensorFlow otherwise allocates all GPU memory, and the kernel of a notebook may need some.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
-# TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL: discard what it writes to stderr.
+# TensorFlow logs some lines before it reads TF_CPP_MIN_LOG_LEVEL: discard them.
 stderr_copy = os.dup(2)
 with open(os.devnull, "w") as devnull:
     os.dup2(devnull.fileno(), 2)
@@ -72,7 +71,7 @@ finally:
     os.close(stderr_copy)
 
 tf.get_logger().setLevel("ERROR")  # no warning when several networks are traced in one process
-# A user's keras.json may contain other values.
+# Override the user's keras.json.
 keras.config.set_image_data_format("channels_last")
 keras.config.set_floatx("float32")
 keras.config.set_epsilon(1e-7)
@@ -82,27 +81,31 @@ EPOCHS = 44
 BATCH_SIZE = 128
 LEARNING_RATE = 0.006  # initial learning rate; decays to 0 along a cosine
 WEIGHT_DECAY = 0.004
-# Arguments of ImageDataGenerator for the training images.  Only affine transforms are supported.
+# Arguments of ImageDataGenerator, for the training images; shifts are fractions of the image.
 AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_range": 0.1,
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_range",
           "height_shift_range", "shear_range", "zoom_range"}
 VERBOSE = 1 if sys.stdout.isatty() else 2  # of fit(): a progress bar, or one line per epoch
 
+# Options that describe a run.
+SETTINGS = "demo", "crop_faces", "epochs", "batch_size", "learning_rate", "precision", "seed"
 NETWORK_FILE = "emotion_recognition_cnn.keras"
 CHECKPOINT_FILE = "checkpoint.npz"
 UNFINISHED_RUN = ("{} contains an unfinished run. If it was interrupted, continue it with --resume "
                   "or delete the folder. If it is still running, choose another --output-dir")
 
-# Pillow recognises these formats, too, but cannot decode them.
-NOT_DECODED = "BUFR", "GRIB", "HDF5", "MPEG"
-IMAGE_EXTENSIONS = {".heic", ".heif"} | {
+with contextlib.suppress(ImportError):  # optional: photos of iPhones and some cameras
+    importlib.import_module("pi_heif").register_heif_opener()
+HEIF_EXTENSIONS = {".heic", ".heics", ".heif", ".heifs", ".hif"}
+UNSUPPORTED_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow cannot decode these
+IMAGE_EXTENSIONS = HEIF_EXTENSIONS | {
     extension for extension, name in Image.registered_extensions().items()
-    if name in Image.OPEN and name not in NOT_DECODED}
+    if name in set(Image.OPEN) - UNSUPPORTED_FORMATS}
 Image.MAX_IMAGE_PIXELS = 125_000_000  # Pillow accepts twice as many; phones take 200 megapixels
 
-LARGEST_CROP = 64  # pixels: an image of up to this size is taken for a face without detection
-DETECTION_PIXELS = 1280 * 960  # a larger photo is scaled down to this area to find its faces
+MAX_CROP_SIZE = 64  # pixels: images of up to this size are treated as cropped faces
+DETECTION_PIXELS = 1280 * 960  # larger photos are scaled down to this area to find faces
 
 # Colours that colour-blind readers can distinguish, from the palette of Okabe and Ito.
 BLUE, VERMILION, SKY_BLUE = "#0072B2", "#D55E00", "#56B4E9"
@@ -128,7 +131,7 @@ class LabelledImages(NamedTuple):
 
     images: np.ndarray  # uint8, n x 48 x 48 x 1
     labels: np.ndarray  # int, n: indices into the emotions
-    clean: np.ndarray  # bool, n: False for images that are also in train/
+    clean: np.ndarray  # bool, n: False for test images that are also in train/
 
 
 class Data(NamedTuple):
@@ -142,9 +145,9 @@ class Data(NamedTuple):
 
 
 def find_dataset():
-    """Return data/ if it exists; otherwise download FER-2013 once, into the cache of kagglehub.
+    """Return the path of data/ or, if it does not exist, of FER-2013 in the cache of kagglehub.
 
-    Raises InputError if the download fails.
+    Downloads FER-2013 on first use.  Raises InputError if the download fails.
     """
     if Path("data").exists():
         return "data"
@@ -153,7 +156,8 @@ def find_dataset():
         # With a version number, kagglehub finds a copy in its cache without a network.
         return kagglehub.dataset_download("msambare/fer2013/versions/1")
     except Exception as error:  # many kinds: network, HTTP status, archive, disk, cache
-        reason = " ".join(f"{type(error).__name__}: {error}".split())  # in one line
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())  # in one line
         raise InputError(
             f"there is no data/ folder, and FER-2013 could not be downloaded ({reason}). Download "
             "https://www.kaggle.com/datasets/msambare/fer2013 and unpack it into data/, name "
@@ -164,7 +168,7 @@ def find_folders(data_dir):
     """Return the folders of the training, validation and test images in `data_dir`.
 
     The folder of validation images, which may be called val, valid or validation, is optional.
-    Raises InputError if another folder is missing.
+    Raises InputError if train/ or test/ is missing.
     """
     validation = [data_dir / name for name in ("val", "valid", "validation")
                   if (data_dir / name).is_dir()]
@@ -174,8 +178,8 @@ def find_folders(data_dir):
     for folder in folders:
         if not folder.is_dir():
             names = sorted(path.name for path in data_dir.glob("*"))[:8]
-            raise InputError(f"{folder} is missing. Name the unpacked folder that contains train/ "
-                             f"and test/ with --data-dir; {data_dir} contains {names}")
+            raise InputError(f"{folder} is missing. Use --data-dir to name the unpacked folder "
+                             f"that contains train/ and test/; {data_dir} contains {names}")
     return folders
 
 
@@ -190,10 +194,10 @@ def find_emotions(folders):
         if missing:
             raise InputError(f"{folder / min(missing)} is missing. All of "
                              f"{', '.join(f'{folder.name}/' for folder in folders)} must contain "
-                             "the same folders, one per emotion")
+                             "the same subfolders, one per emotion")
     emotions = sorted(names[0])
     if len(emotions) < 2:
-        raise InputError(f"{folders[0]} must contain at least two folders, one per emotion")
+        raise InputError(f"{folders[0]} must contain at least two subfolders, one per emotion")
     if not "".join(emotions).isprintable():
         raise InputError(f"{folders[0]} contains a folder whose name cannot be printed: {emotions}")
     return emotions
@@ -202,13 +206,13 @@ def find_emotions(folders):
 def find_images(folder):
     """Return the images in a folder and its subfolders, sorted, without hidden files.
 
-    Prints to stderr how many files were skipped because they are not images.
+    Prints to stderr how many files it skips because they are not images.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()
              and not any(name.startswith(".") for name in path.relative_to(folder).parts)]
     images = [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
     if len(images) < len(files):
-        others = sorted({path.suffix for path in files} - {path.suffix for path in images})
+        others = sorted({path.suffix or path.name for path in set(files) - set(images)})
         print(f"{folder}: skipped {len(files) - len(images)} of {len(files)} files that are not "
               f"images ({', '.join(others)})", file=sys.stderr)
     return images
@@ -235,58 +239,56 @@ def open_image(photo):
     Takes a path, an open file, a PIL image, or an array (H x W, H x W x 1 or H x W x 3 in RGB; of
     uint8, or of floats from 0 to 255).  Raises InputError if it cannot be read.
     """
+    name = photo if isinstance(photo, (str, os.PathLike)) else f"this {type(photo).__name__}"
     try:
         if isinstance(photo, np.ndarray):
             image = Image.fromarray(to_uint8(photo))
         elif isinstance(photo, Image.Image):
             image = photo
         elif isinstance(photo, (str, os.PathLike)) or hasattr(photo, "read"):
-            if str(photo).lower().endswith((".heic", ".heif")):  # photos of iPhones
-                import_optional("pi_heif", "opening it").register_heif_opener()
+            if Path(str(photo)).suffix.lower() in HEIF_EXTENSIONS:
+                import_optional("pi_heif", "this format")
             image = Image.open(photo)
         else:
-            raise TypeError("it must be a path, a PIL image or an array")
+            raise TypeError("it must be a path, an open file, a PIL image or an array")
         if image.mode.startswith(("I", "F")):
-            raise ValueError("it has more than 8 bits per channel. Convert it")
+            raise ValueError("it has more than 8 bits per channel. Convert it to 8 bits")
         image.load()
         with contextlib.suppress(Exception):  # damaged Exif data do not matter
             image = ImageOps.exif_transpose(image)
         return image.convert("RGB")
     except Exception as error:  # for a broken file, Pillow raises many kinds
-        name = photo if isinstance(photo, (str, Path)) else f"this {type(photo).__name__}"
         reason = " ".join(str(error).split())  # in one line
         raise InputError(f"{name} cannot be read as an image: {reason}") from error
 
 
 def face_pixels(face):
-    """Return the image of a face (PIL image) as input of the network (uint8, 48 x 48, grey)."""
+    """Convert the image of a face (PIL image) to the network's input (uint8, 48 x 48, grey)."""
     return np.asarray(face.convert("L").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 
 
 def read_faces(paths, crop_faces):
-    """Read images as inputs of the network; return a list of arrays (uint8, 48 x 48).
+    """Read images as the network's input: a list of arrays (uint8, 48 x 48).
 
     With `crop_faces`, each array is the largest face in its image, or None if there is no face.
+    Also returns the number of images larger than MAX_CROP_SIZE that were not cropped.
     """
     def read(path):
         photo = open_image(path)
         if not crop_faces:
-            return face_pixels(photo), max(photo.size) > LARGEST_CROP
+            return face_pixels(photo), max(photo.size) > MAX_CROP_SIZE
         box = max(find_faces(photo), key=lambda box: box[2] - box[0], default=None)
-        return None if box is None else cut_out(np.asarray(photo), box), False
+        return box and cut_out(np.asarray(photo), box), False
 
-    faces, large = [], 0
     progress = keras.utils.Progbar(len(paths), verbose=1 if sys.stdout.isatty() else 0)
-    # A network drive makes each file wait.  MTCNN uses all cores for a single image.
+    faces, large = [], 0
+    # Threads hide the delay of a network drive.  MTCNN uses all cores already.
     with ThreadPoolExecutor(1 if crop_faces else 8) as threads:
         for face, is_large in threads.map(read, paths):
             faces.append(face)
             large += is_large
             progress.add(1)
-    if large:
-        print(f"{large:,} of {len(paths):,} images are larger than {LARGEST_CROP} pixels. They are "
-              "scaled down whole; if they show more than a face, use --crop-faces")
-    return faces
+    return faces, large
 
 
 def read_images(folder, emotions, crop_faces):
@@ -303,7 +305,10 @@ def read_images(folder, emotions, crop_faces):
             raise InputError(f"{folder / emotion} contains no images, such as .jpg or .png")
         paths += found
         labels += [label] * len(found)
-    faces = read_faces(paths, crop_faces)
+    faces, large = read_faces(paths, crop_faces)
+    if large:
+        print(f"{folder}: {large:,} of {len(paths):,} images are larger than {MAX_CROP_SIZE} "
+              "pixels. If they show more than the face, use --crop-faces")
     kept = [i for i, face in enumerate(faces) if face is not None]
     if len(kept) < len(paths):
         print(f"{folder}: skipped {len(paths) - len(kept):,} of {len(paths):,} images because no "
@@ -338,7 +343,7 @@ def hold_out_validation(training, test, test_paths):
         return training, *split(test, prefixes == "PublicTest")
     print("The file names in test/ do not distinguish PublicTest from PrivateTest images: a tenth "
           "of train/ is held out for validation, and all of test/ is the test set")
-    # Numbered from 0 in each emotion.  Never the first image, which may be the only one.
+    # Index within each emotion.  Index 0 stays in train/, as it may be the only image.
     number = np.concatenate([np.arange(count) for count in np.bincount(training.labels)])
     validation, training = split(training, number % 10 == 1)
     if not len(validation.images):
@@ -346,28 +351,35 @@ def hold_out_validation(training, test, test_paths):
     return training, validation, test
 
 
+def check_augmentation():
+    """Raise InputError if `random_transforms` does not support AUGMENTATION."""
+    for name, value in AUGMENTATION.items():
+        if name not in AFFINE:
+            raise InputError(f"AUGMENTATION: {name} is not affine. Use a layer in create_CNN")
+        if "shift" in name and not isinstance(value, float):
+            raise InputError(f"AUGMENTATION: {name} must be a fraction of the image, such as 0.1")
+
+
 def load_data(data_dir, crop_faces=False):
     """Load FER-2013, or a dataset with the same layout, into memory; return Data.
 
     The emotions are the subfolders of train/, as in Keras's flow_from_directory.  The validation
     images are those in val/, valid/ or validation/; if there is no such folder, see
-    `hold_out_validation`.  With `crop_faces`, the largest face of each image is cut out, in the
-    same frame as for a prediction.  Raises InputError if the dataset cannot be used.
+    `hold_out_validation`.  With `crop_faces`, the largest face of each image is cut out, framed as
+    in `find_faces`.  Raises InputError if the dataset cannot be used.
     """
-    for name in set(AUGMENTATION) - AFFINE:
-        raise InputError(f"AUGMENTATION: {name} is not affine. Add a layer to create_CNN instead")
+    check_augmentation()
     folders = find_folders(Path(data_dir))
     print(f"Reading {data_dir}: {', '.join(folder.name for folder in folders)}")
     emotions = find_emotions(folders)
     print(f"{len(emotions)} emotions: {', '.join(emotions)}")
-    parts, in_train = [], set()
-    for folder in folders:
-        paths, images, labels = read_images(folder, emotions, crop_faces)
-        clean = np.array([image.tobytes() not in in_train for image in images])
-        in_train = in_train or {image.tobytes() for image in images}  # of the first folder
-        parts.append(LabelledImages(images, labels, clean))
+    contents = [read_images(folder, emotions, crop_faces) for folder in folders]
+    in_train = {image.tobytes() for image in contents[0][1]}
+    parts = [LabelledImages(images, labels, np.array([image.tobytes() not in in_train
+                                                      for image in images]))
+             for _, images, labels in contents]
     if len(parts) == 2:
-        parts = hold_out_validation(*parts, paths)
+        parts = hold_out_validation(*parts, test_paths=contents[-1][0])
     training, validation, test = parts
     print(f"{len(training.images):,} training, {len(validation.images):,} validation and "
           f"{len(test.images):,} test images; {np.sum(~test.clean):,} of the test images are also "
@@ -379,14 +391,13 @@ def load_data(data_dir, crop_faces=False):
 def create_CNN(classes, epochs=EPOCHS):
     """Return the network, not yet compiled.
 
-    Its input are images (n x 48 x 48 x 1, pixels from 0 to 255), its output are probabilities
-    (n x classes).  `epochs` is the length of the training: the shorter it is, the less a network
-    overfits, and the weaker is dropout.
+    Its input is a batch of images (n x 48 x 48 x 1, pixels from 0 to 255), its output is their
+    probabilities (n x classes).  Pass the same `epochs` to `train_model`.
     """
-    dropout = min(epochs / 88, 1)
+    dropout = min(epochs / 88, 1)  # longer training overfits more; 88 was chosen on PublicTest
     return keras.Sequential([
         keras.Input((SIZE, SIZE, 1)),
-        # Scales each image to mean 0 and variance 1, so that lighting and contrast do not matter.
+        # Standardises each image, so that its lighting and contrast do not matter.
         layers.GroupNormalization(groups=1, center=False, scale=False),
         # Pooling before normalisation and ReLU leaves them a ninth of the work.
         layers.Conv2D(32, 5, padding="same", use_bias=False),
@@ -397,7 +408,7 @@ def create_CNN(classes, epochs=EPOCHS):
         layers.MaxPooling2D(7, strides=3, padding="same"),  # 14 x 14 to 5 x 5
         layers.BatchNormalization(momentum=0.9),
         layers.ReLU(),
-        layers.SpatialDropout2D(0.18 * dropout),  # of whole filters: neighbours are similar
+        layers.SpatialDropout2D(0.18 * dropout),  # drops whole maps: neighbours are similar
         layers.Flatten(),
         layers.Dense(512, use_bias=False),
         layers.BatchNormalization(momentum=0.9),
@@ -411,10 +422,11 @@ def create_CNN(classes, epochs=EPOCHS):
 def random_transforms(generator, count, random):
     """Draw `count` transforms from an ImageDataGenerator at once.
 
-    Returns arguments of `affine_matrices`: a dict of arrays (count).  The numbers are those of
-    `generator.get_random_transform`, but they come from `random` (a RandomState) instead of NumPy's
+    Returns arguments of `affine_matrices`: a dict of arrays (count).  They are the numbers of
+    `generator.get_random_transform`, but drawn from `random` (a RandomState) instead of NumPy's
     global state, and for FER-2013 in milliseconds instead of half a second.
     """
+    # In Keras, x is the vertical axis.
     ranges = {"theta": generator.rotation_range, "tx": generator.height_shift_range,
               "ty": generator.width_shift_range, "shear": generator.shear_range}
     limits = {name: (-limit, limit) for name, limit in ranges.items() if limit}
@@ -425,7 +437,7 @@ def random_transforms(generator, count, random):
     numbers = low + (high - low) * random.random_sample((count, len(limits)))
     drawn = dict(zip(limits, numbers.T))
     for shift in {"tx", "ty"} & set(limits):
-        drawn[shift] *= SIZE if ranges[shift] < 1 else 1  # fractions of the image, or pixels
+        drawn[shift] *= SIZE
     drawn["flip_horizontal"] = (drawn["flip_horizontal"] < 0.5) & generator.horizontal_flip
     drawn["flip_vertical"] = (drawn["flip_vertical"] < 0.5) & generator.vertical_flip
     return drawn
@@ -435,11 +447,11 @@ def affine_matrices(theta=0, tx=0, ty=0, shear=0, zx=1, zy=1, flip_horizontal=Fa
                     flip_vertical=False):
     """Convert transforms of ImageDataGenerator to matrices (n x 8) for Keras's affine_transform.
 
-    Each argument is a number, or an array (n).  Like `ImageDataGenerator.apply_transform`, the
-    product rotates, shifts, shears, zooms and flips about the middle of the image.  A matrix maps a
-    pixel (x, y) of the result to its position in the image.
+    Each argument is a number or an array (n).  Like `ImageDataGenerator.apply_transform`, a matrix
+    rotates, shifts, shears, zooms and flips about the centre of the image.  It maps a pixel (x, y)
+    of the result to its position in the image.
     """
-    def matrices(*two_rows):  # n x 3 x 3; the third row is always the same
+    def matrices(*two_rows):  # n x 3 x 3; the third row is 0 0 1
         return np.stack(np.broadcast_arrays(*two_rows, 0, 0, 1), axis=-1).reshape(-1, 3, 3)
 
     theta, shear, middle = np.radians(theta), np.radians(shear), (SIZE - 1) / 2
@@ -455,7 +467,7 @@ def affine_matrices(theta=0, tx=0, ty=0, shear=0, zx=1, zy=1, flip_horizontal=Fa
 
 
 def transform_images(images, matrices):
-    """Apply `affine_matrices` to images (n x 48 x 48 x 1); beyond the edge, pixels are repeated."""
+    """Apply `affine_matrices` to images (n x 48 x 48 x 1).  Beyond an edge, its pixels repeat."""
     return keras.ops.image.affine_transform(keras.ops.cast(images, "float32"), matrices,
                                             interpolation="bilinear", fill_mode="nearest")
 
@@ -463,7 +475,7 @@ def transform_images(images, matrices):
 def in_batches(arrays, batch_size):
     """Return arrays (n x ...) in memory as a tf.data.Dataset of batches."""
     options = tf.data.Options()
-    # Its thread sleeps for up to a minute, and the end of each epoch would wait for it.
+    # The autotuning thread sleeps for up to a minute, and the end of an epoch would wait for it.
     options.autotune.enabled = False
     return tf.data.Dataset.from_tensor_slices(arrays).batch(batch_size).with_options(options)
 
@@ -522,17 +534,25 @@ def save_checkpoint(path, state, arrays):
         os.fsync(file.fileno())  # written to disk before the rename, in case of a power failure
 
 
+def check_no_checkpoint(path):
+    """Raise InputError if there is a checkpoint, unless a run was killed before it was written."""
+    if path.exists() and not path.stat().st_size:
+        path.unlink()
+    if path.exists():
+        raise InputError(UNFINISHED_RUN.format(path.parent))
+
+
 def create_checkpoint(path, state, arrays):
-    """Save the first checkpoint of a run; raise InputError if there already is a checkpoint."""
+    """Save the first checkpoint of a run; raise InputError if another run has saved one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.touch(exist_ok=False)  # of two runs that start at the same time, one succeeds
+        path.touch(exist_ok=False)  # only one of two runs that start together succeeds
     except FileExistsError:
         raise InputError(UNFINISHED_RUN.format(path.parent)) from None
     try:
         save_checkpoint(path, state, arrays)
-    except BaseException:  # the disk is full, or Ctrl-C
+    except BaseException:  # such as a full disk or Ctrl-C
         if not path.stat().st_size:
             path.unlink()
             with contextlib.suppress(OSError):
@@ -543,22 +563,25 @@ def create_checkpoint(path, state, arrays):
 def load_checkpoint(path, with_arrays=True):
     """Return the state and the arrays of `save_checkpoint`, or only the state, which is fast.
 
-    Raises InputError if the file is not a usable checkpoint.
+    Raises InputError if there is no checkpoint, or if it is not usable.
     """
+    if not os.path.exists(path):
+        raise InputError(f"there is no {path} to continue. Name another --output-dir, or start a "
+                         "new run without --resume")
     try:
         with np.load(path) as file:
             state = json.loads(str(file["state"]))
             if not {"source", "run", "history"} <= set(state):
-                raise ValueError("saved by another version")
+                raise ValueError("saved by another version of the script")
             count = len(file) - 1 if with_arrays else 0
             return state, [file[f"arr_{i}"] for i in range(count)]  # NumPy's names
     except Exception as error:  # from zipfile, NumPy or JSON
-        raise InputError(f"{path} is not a usable checkpoint ({type(error).__name__}). Delete the "
-                         "unfinished run, if there is one, and start again") from error
+        raise InputError(f"{path} is not a usable checkpoint ({type(error).__name__}: {error}). "
+                         "Delete its folder and start again") from error
 
 
 def describe_run(model, data, **settings):
-    """Return what must not change before a run is resumed: a dict for JSON."""
+    """Return the settings that a resumed run must share: a dict for JSON."""
     arrays = *data.training, *data.validation, *data.test
     checksum = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     return settings | {
@@ -575,8 +598,8 @@ def restore_checkpoint(path, run, history, variables):
     state, arrays = load_checkpoint(path)
     changed = [name.replace("_", " ") for name in run if state["run"].get(name) != run[name]]
     if changed:
-        raise InputError(f"{path} does not match: the {' and the '.join(changed)} changed. Undo "
-                         "the change, or delete the unfinished run and start again")
+        raise InputError(f"{path} does not match this run: the {' and the '.join(changed)} "
+                         "changed. Undo the change, or delete its folder and start again")
     for variable, array in zip(variables, arrays):
         variable.assign(array)
     history.update(state["history"])
@@ -589,12 +612,12 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
 
     `checkpoint` is the path of a file that is saved after each epoch, together with plots of the
     history.  `source`, a dict for JSON, is saved in it for the caller.  With `resume`, training
-    continues from the checkpoint and ends as if it had never been interrupted.
+    continues from the checkpoint and ends as if it had never been interrupted; without `resume`,
+    the file must not exist.
 
     Afterwards, `model` has the weights of the epoch with the highest validation accuracy, computes
     in float32, and is compiled for evaluation.  Returns the history, a dict of lists with one value
-    per epoch.  Raises InputError if the loss is not finite, if there is a checkpoint although
-    `resume` is false, or if it cannot be resumed.
+    per epoch.  Raises InputError if the loss is not finite, or if the checkpoint does not fit.
 
     AdamW: Loshchilov and Hutter (2019), arXiv:1711.05101; cosine decay: arXiv:1608.03983.
     """
@@ -614,8 +637,8 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
         else:
             create_checkpoint(checkpoint, state, variables + best_weights)
     validation = in_batches((data.validation.images, data.validation.labels), 256)
-    # fit() trains one epoch at a time: Keras's BackupAndRestore does not save the state of dropout,
-    # and ModelCheckpoint would save the best weights in a second file.
+    # fit() trains one epoch at a time: Keras's BackupAndRestore does not save the random state of
+    # dropout, and ModelCheckpoint saves the best weights in a second file.
     for epoch in range(len(history["epoch"]), epochs):
         print(f"Epoch {epoch + 1}/{epochs}")
         started, rate = time.perf_counter(), float(model.optimizer.learning_rate)
@@ -639,17 +662,16 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
         if minutes:
             print(f"about {minutes} min of training left")
     model.set_weights(best_weights)
-    # Keras has no public way to convert a network to another precision.  Any CPU can run float32.
     for layer in model.layers:
-        layer.dtype_policy = "float32"
+        layer.dtype_policy = "float32"  # any machine can compute in it
     # SGD has no state; the state of AdamW would make the file of the network three times as large.
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return history
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
-# Predictions are averaged over 18 views of an image: 44, 48 and 52 of its 48 pixels; each centred,
-# 2 pixels higher and 2 lower; and all of these mirrored.  With another SIZE, in proportion.
+# Predictions are averaged over 18 views of an image: zoomed to show 44, 48 or 52 pixels, shifted
+# vertically by -2, 0 or 2 pixels, with and without mirroring.  (With another SIZE, in proportion.)
 FLIPS, ZOOMS, SHIFTS = zip(*itertools.product((False, True), (11 / 12, 1, 13 / 12),
                                               (-SIZE / 24, 0, SIZE / 24)))
 VIEWS = affine_matrices(zx=ZOOMS, zy=ZOOMS, ty=SHIFTS, flip_horizontal=FLIPS)
@@ -670,10 +692,10 @@ def classify_faces(model, images):
 def evaluate_model(model, data):
     """Evaluate `model` on the test images of Data and print the scores.
 
-    Returns the scores (a dict) and the probabilities (n x classes).  All scores but
-    single_image_accuracy are averaged over VIEWS:
+    Returns the scores (a dict) and the probabilities (n x classes).  All scores except
+    single_image_accuracy use probabilities that are averaged over VIEWS:
 
-    - single_image_accuracy: accuracy on the images as they are
+    - single_image_accuracy: accuracy with a single view, the image as it is
     - loss: cross-entropy, in nats
     - balanced_accuracy: mean recall of the emotions
     - clean_accuracy: accuracy on images that are not also in train/; None if there are none
@@ -710,8 +732,8 @@ def evaluate_model(model, data):
         "milliseconds_per_face": milliseconds,
     }
     print(f"\nTest: {len(labels):,} images, {clean.sum():,} of them clean (not also in train/)\n"
-          f"Averaged over {len(VIEWS)} views ({milliseconds:.1f} ms per image), except the single "
-          "image accuracy")
+          f"Predictions are averaged over {len(VIEWS)} views ({milliseconds:.1f} ms per image), "
+          "except for the single image accuracy")
     for name in ("single_image_accuracy", "accuracy", "balanced_accuracy", "clean_accuracy",
                  "calibration_error", "loss"):
         if scores[name] is not None:
@@ -826,7 +848,7 @@ def receptive_field(model, layer):
         else:
             continue
         stride, width = current.strides[0], current.input.shape[1]
-        if current.padding == "same":  # TensorFlow adds the smaller half of the padding first
+        if current.padding == "same":  # TensorFlow pads less on the top and left
             start -= max((math.ceil(width / stride) - 1) * stride + kernel - width, 0) // 2 * step
         size += (kernel - 1) * step
         step *= stride
@@ -862,7 +884,7 @@ def plot_filters(model, data, output_dir):
     size, step, start = receptive_field(model, second)
     grid = below.subplots(len(present), 7, subplot_kw=NO_AXES, squeeze=False)
     for label, axes_of_row in zip(present, grid):
-        # How far the emotion's mean is above the mean of all images, in standard deviations.
+        # The emotion's mean activation minus the overall mean, in standard deviations.
         lead = maxima[data.test.labels == label].mean(axis=0) - maxima.mean(axis=0)
         best = np.argmax(lead / (maxima.std(axis=0) + 1e-7))
         axes_of_row[0].set_ylabel(f"{data.emotions[label]}\nfilter {best}", size=11)
@@ -891,13 +913,16 @@ def save_network(model, emotions, path):
 
 
 def load_network(path):
-    """Return the network and the emotions that `save_network` saved; InputError if it cannot."""
+    """Return the network and the emotions that `save_network` saved.
+
+    Raises InputError if the file cannot be read or is not such a network.
+    """
     try:
         model = keras.models.load_model(path, compile=False)
         with zipfile.ZipFile(path) as file:
             emotions = json.loads(file.read("emotions.json"))
         if model.input_shape[1:] != (SIZE, SIZE, 1) or model.output_shape[1:] != (len(emotions),):
-            raise ValueError("it has other inputs or outputs")
+            raise ValueError("its input or output has another shape")
     except Exception as error:  # from zipfile, JSON, h5py or Keras, whose last line is the cause
         reason = str(error).strip().rpartition("\n")[2]
         raise InputError(
@@ -925,14 +950,16 @@ def in_chunks(network, images):
 @functools.cache
 def face_detector():
     """Return the face detector MTCNN: Zhang et al. (2016), arXiv:1604.02878."""
-    mtcnn = import_optional("mtcnn", "finding faces, unlike --no-detect,")
-    stages = importlib.import_module("mtcnn.stages")
+    mtcnn = import_optional("mtcnn", "finding faces")
+    from mtcnn import stages
     policy, hook = keras.config.dtype_policy(), sys.unraisablehook
-    keras.config.set_dtype_policy("float32")  # MTCNN fails with any other policy
-    sys.unraisablehook = lambda _: None  # on Python 3.13, lz4 prints errors about closed files
-    detector = mtcnn.MTCNN()
-    keras.config.set_dtype_policy(policy)
-    sys.unraisablehook = hook
+    try:
+        keras.config.set_dtype_policy("float32")  # MTCNN fails with any other policy
+        sys.unraisablehook = lambda _: None  # on Python 3.13, lz4 prints errors about closed files
+        detector = mtcnn.MTCNN()
+    finally:
+        keras.config.set_dtype_policy(policy)
+        sys.unraisablehook = hook
     # In a crowd, MTCNN would compare thousands of boxes with each other and classify all crops at
     # once, which takes gigabytes.
     for module in stages.stage_pnet, stages.stage_rnet:
@@ -948,12 +975,12 @@ detector_lock = threading.Lock()
 def find_faces(photo):
     """Find the faces in a photo (PIL image) and frame them in the same way as FER-2013.
 
-    Returns boxes (left, top, right, bottom; pixels) from left to right, which may extend beyond the
-    photo.  If the photo is a cropped face already, the only box is the whole photo.
+    Returns boxes (left, top, right, bottom; pixels) from left to right.  A box may extend beyond
+    the photo.  If the photo is a cropped face already, the only box is the whole photo.
     """
     whole_photo = (0, 0, *photo.size)
     longest_side = max(photo.size)
-    if longest_side <= LARGEST_CROP:
+    if longest_side <= MAX_CROP_SIZE:
         return [whole_photo]
     scale = max(1, math.sqrt(photo.size[0] * photo.size[1] / DETECTION_PIXELS))
     if min(photo.size) < 20 * scale:  # smaller than the smallest face that MTCNN looks for
@@ -979,7 +1006,7 @@ def find_faces(photo):
 
 
 def cut_out(photo, box):
-    """Return the box of a photo (array) as input of the network; beyond the edge, repeat pixels."""
+    """Convert a box of a photo (array) to the network's input.  Pixels repeat beyond an edge."""
     left, top, right, bottom = box
     rows = np.arange(top, bottom).clip(0, photo.shape[0] - 1)
     columns = np.arange(left, right).clip(0, photo.shape[1] - 1)
@@ -1013,7 +1040,7 @@ def classify_photo(photo, model, emotions, detect=True):
 def occlusion_map(model, face, label):
     """Return how much each part of a face supports an emotion (48 x 48).
 
-    Takes a face as input of the network (uint8, 48 x 48) and the index of the emotion.  A square of
+    Takes the network's input (uint8, 48 x 48) and the index of the emotion.  A square of
     8 x 8 pixels in the face's mean grey covers the face in 11 x 11 positions, 4 pixels apart.  The
     value of a pixel is the mean decrease in the emotion's probability over the squares that cover
     the pixel, for a single view.
@@ -1035,12 +1062,12 @@ def occlusion_map(model, face, label):
 def draw_photo(photo, faces, model, path):
     """Save a picture of a photo (PIL image) with a row below it for each of its first 20 faces.
 
-    A row shows the face as input of the network, the same with its `occlusion_map` in orange, and
-    the probabilities.  Takes the faces of `classify_photo`.
+    A row shows the network's input, the same with its `occlusion_map` in orange, and the
+    probabilities.  Takes the faces of `classify_photo`.
     """
     width, height = photo.size
     shown = faces[:20]
-    row_height = np.clip(4 / len(shown), 0.85, 1.3)  # inches, like all lengths below
+    row_height = np.clip(4 / len(shown), 0.85, 1.3)  # inches
     heights = [np.clip(8 * height / width, 3, 10), *[row_height] * len(shown)]
     figure = Figure(figsize=(10, sum(heights) + 1.1), layout="constrained")  # 1.1 for the emotions
     grid = figure.add_gridspec(len(heights), 3, width_ratios=(row_height, row_height, 5.5),
@@ -1071,7 +1098,7 @@ def draw_photo(photo, faces, model, path):
         plain.set_ylabel(f"{number} {face['emotion']}", rotation=0, ha="right", va="center")
         for axes in plain, marked:
             axes.imshow(crop, cmap="gray", vmin=0, vmax=255)
-        strongest = max(heat_map.max(), 0.01)  # less than one percentage point is not shown
+        strongest = max(heat_map.max(), 0.01)  # does not amplify less than a percentage point
         marked.imshow(heat_map, cmap=heat, vmin=0, vmax=strongest)
         if number == 1:
             plain.set_title("input", size=11)
@@ -1085,7 +1112,7 @@ def draw_photo(photo, faces, model, path):
 
 def save_picture(photo, faces, model, path, output_dir):
     """Draw a photo that was read from `path` into predictions/; return whether this succeeded."""
-    # The checksum distinguishes photos of the same name.  A file name may have 255 bytes.
+    # The checksum distinguishes photos with the same name.  A file name must not exceed 255 bytes.
     path_checksum = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
     picture = Path(output_dir, "predictions", f"{path.stem[:50]}-{path_checksum}.emotions.jpg")
     try:
@@ -1104,10 +1131,23 @@ def find_photos(paths):
         # On Windows, the shell does not expand patterns such as *.jpg.
         names = [name] if os.path.exists(name) else sorted(glob.glob(str(name))) or [name]
         for path in map(Path, names):
-            found = find_images(path) if path.is_dir() else [path]
+            found = find_images(path) if path.is_dir() else []
             found = [photo for photo in found if not photo.name.endswith(".emotions.jpg")]
             photos += found or [path]  # a folder without photos is reported as unreadable later
     return photos
+
+
+def find_network(output_dir):
+    """Return the path of the network in `output_dir` or, if there is none, of the included one."""
+    network = Path(output_dir, NETWORK_FILE)
+    included = Path(__file__).resolve().parent / "docs" / "runs" / "88-0" / NETWORK_FILE
+    if network.exists():
+        return network
+    if not included.exists():
+        raise InputError(f"there is no {network}. Train a network first, or name its folder with "
+                         "--output-dir")
+    print(f"no network in {output_dir} yet: using {included}", file=sys.stderr)
+    return included
 
 
 def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
@@ -1119,18 +1159,14 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
     written.  Returns whether all photos were read and all pictures written.  Raises InputError if
     the network or the face detector cannot be loaded.
     """
-    network = Path(output_dir, NETWORK_FILE)
-    if not network.exists():
-        network = Path(__file__).resolve().parent / "docs" / "runs" / "88-0" / NETWORK_FILE
-        print(f"no network in {output_dir} yet: using {network}", file=sys.stderr)
-    model, emotions = load_network(network)
-    photos, all_done = find_photos([paths] if isinstance(paths, (str, Path)) else paths), True
+    model, emotions = load_network(find_network(output_dir))
+    photos, succeeded = find_photos([paths] if isinstance(paths, (str, Path)) else paths), True
     for number, path in enumerate(photos, 1):
         try:
             photo = open_image(path)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            all_done = False
+            succeeded = False
             continue
         faces = classify_photo(photo, model, emotions, detect)
         if not faces:
@@ -1144,14 +1180,14 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
                                    for emotion, share in face["probabilities"].items())
                 print(f"{number}/{len(photos)} {path}, face {face['face']}: {face['emotion']} "
                       f"{face['confidence']:.1%}  ({shares})")
-            all_done &= save_picture(photo, faces, model, path, output_dir)
-    return all_done
+            succeeded &= save_picture(photo, faces, model, path, output_dir)
+    return succeeded
 
 
 # --- Drawn faces ----------------------------------------------------------------------------------
-# After the action units of Ekman and Friesen's Facial Action Coding System.  Heights of the brows,
-# half heights of the eyes and half widths of the mouth are in half faces; smile and opening are in
-# widths of the mouth.
+# After the action units of Ekman and Friesen's Facial Action Coding System.  Brow, eye (half its
+# height) and mouth (half its width) are fractions of half the face; smile and opening are fractions
+# of the mouth's width.
 #             inner  outer
 #             brow   brow   eye   smile opening mouth
 EXPRESSIONS = {
@@ -1215,7 +1251,7 @@ def draw_faces(folder, seed):
 
 # --- Command line ---------------------------------------------------------------------------------
 def cpu_info():
-    """Return Linux's description of the CPU; an empty text on other systems."""
+    """Return Linux's description of the CPU; an empty string on other systems."""
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
 
@@ -1252,51 +1288,55 @@ def number_between(low, high, to_number):
 
 
 def parse_command_line(arguments):
-    """Return the options; argparse ends the program if they are invalid."""
+    """Return the options; exit with a usage message if they are invalid."""
     parser = argparse.ArgumentParser(description="Train a network to recognise facial emotions, or "
                                      "classify photos with it.", allow_abbrev=False)
     training = parser.add_argument_group("training")
     data = training.add_mutually_exclusive_group()
-    data.add_argument("--data-dir", metavar="DIR", help="folder that contains train/ and test/ "
-                      "(default: data, or a download)")
-    data.add_argument("--demo", action="store_true", help="train on small drawn faces instead")
+    data.add_argument("--data-dir", type=os.path.abspath, metavar="DIR",
+                      help="folder that contains train/ and test/ (default: data or, if it is "
+                      "missing, a download of FER-2013)")
+    data.add_argument("--demo", action="store_true", help="train on drawn faces; nothing is "
+                      "downloaded")
     training.add_argument("--crop-faces", action="store_true",
-                          help="cut out the largest face of each image in the dataset")
+                          help="cut out the largest face of each image; skip images without one")
     training.add_argument("--epochs", type=number_between(1, 100_000, int), metavar="N",
                           help=f"passes over the training images (default: {EPOCHS}; demo: 4)")
     training.add_argument("--batch-size", type=number_between(2, 100_000, int), metavar="N",
-                          default=BATCH_SIZE, help="images per step (default: %(default)s)")
+                          default=BATCH_SIZE,
+                          help="images per training step (default: %(default)s)")
     training.add_argument("--learning-rate", type=number_between(1e-9, 1e3, float), metavar="X",
                           default=LEARNING_RATE, help="initial learning rate; decays to 0 along a "
                           "cosine (default: %(default)s)")
     training.add_argument("--precision", choices=("float32", "mixed_bfloat16", "mixed_float16"),
-                          help="number format (default: the fastest on this machine)")
+                          help="dtype policy of Keras (default: the fastest on this machine)")
     training.add_argument("--seed", type=number_between(0, 2**31 - 1, int), default=0, metavar="N",
-                          help="seed of all random numbers (default: %(default)s)")
+                          help="random seed (default: %(default)s)")
     training.add_argument("--resume", action="store_true",
-                          help="continue the interrupted run in --output-dir")
-    prediction = parser.add_argument_group("prediction with the trained network")
+                          help="continue the interrupted run in --output-dir with its settings")
+    prediction = parser.add_argument_group("prediction")
     prediction.add_argument("--predict", nargs="+", action="extend", metavar="PHOTO",
                             help="classify the faces in photos or in folders of photos")
     prediction.add_argument("--no-detect", action="store_true",
                             help="treat each photo as a single face; use it when no face is found")
     prediction.add_argument("--json", action="store_true",
-                            help="print a JSON object per face and draw no pictures")
+                            help="print a JSON object per face; save no pictures")
     parser.add_argument("--output-dir", metavar="DIR",
-                        help="folder of all results (default: output; demo: demo)")
+                        help="folder of the network and all results (default: output, or demo "
+                        "with --demo)")
     options = parser.parse_args(arguments)
     if "" in arguments:  # for example, a shell variable that is not set
-        parser.error("an argument is empty")
+        parser.error("an argument is empty. Remove it")
     # The names of the given options, as --name value or --name=value.
     given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
     if options.predict:
-        useless = given - {"--predict", "--no-detect", "--json", "--output-dir"}
+        useless = given - {"--predict", "--no-detect", "--json", "--output-dir", "--demo"}
     elif options.resume:
-        useless = given - {"--resume", "--data-dir", "--output-dir"}
+        useless = given - {"--resume", "--data-dir", "--output-dir", "--demo"}
     else:
         useless = given & {"--no-detect", "--json"}
     if useless:
-        parser.error(f"{', '.join(sorted(useless))} would have no effect here. Leave it out")
+        parser.error(f"no effect with these options: {', '.join(sorted(useless))}. Remove it")
     output_dir, epochs = ("demo", 4) if options.demo else ("output", EPOCHS)
     options.output_dir = options.output_dir or output_dir
     options.epochs = options.epochs or epochs
@@ -1315,11 +1355,13 @@ def end_program(reason, status, checkpoint=None):
 
 @contextlib.contextmanager
 def program_errors(output_dir, checkpoint):
-    """End the program with one line and a status at Ctrl-C and at errors that a user can fix."""
-    interrupted = threading.Event()
+    """Report Ctrl-C and errors that the user can fix in one line, and exit."""
+    interrupted = False
 
     def interrupt(number, frame):
-        interrupted.set()  # TensorFlow may turn KeyboardInterrupt into another error
+        nonlocal interrupted
+        interrupted = True  # TensorFlow may turn KeyboardInterrupt into another error
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback
         raise KeyboardInterrupt
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set above, before the imports
@@ -1329,7 +1371,7 @@ def program_errors(output_dir, checkpoint):
     except BrokenPipeError:  # the program that reads the output has ended, such as `head`
         os._exit(141)  # 141 and 130 are the statuses that a shell reports
     except BaseException as error:
-        if interrupted.is_set():
+        if interrupted:
             end_program("interrupted", 130, checkpoint)
         if isinstance(error, InputError):
             end_program(f"error: {error}", 2)
@@ -1340,14 +1382,16 @@ def program_errors(output_dir, checkpoint):
 
 
 def restore_options(options, checkpoint):
-    """Set the options to those of an interrupted run; return the seconds that it has taken.
+    """Set the options to those of an interrupted run; return its training time, in seconds.
 
-    If --data-dir is given, it replaces the one of the interrupted run.
+    If --data-dir is given, it replaces that of the interrupted run.
     """
     state, _ = load_checkpoint(checkpoint, with_arrays=False)
-    moved_to = options.data_dir and os.path.abspath(options.data_dir)
-    vars(options).update(state["run"] | (state["source"] or {}))
-    options.data_dir = moved_to or options.data_dir
+    data_dir = options.data_dir
+    saved = state["run"] | (state["source"] or {})
+    for name in set(saved) & {"data_dir", *SETTINGS}:
+        setattr(options, name, saved[name])
+    options.data_dir = data_dir or options.data_dir
     return sum(state["history"].get("seconds", []))
 
 
@@ -1358,9 +1402,8 @@ def save_results(output_dir, model, options, data, history, scores, seconds):
             # The names of the columns, and a row per epoch.
             csv.writer(file).writerows([history, *zip(*history.values())])
     best = int(np.argmax(history["val_accuracy"]))
-    settings = ("demo", "crop_faces", "epochs", "batch_size", "learning_rate", "precision", "seed")
     metrics = {
-        "settings": {name: getattr(options, name) for name in settings}
+        "settings": {name: getattr(options, name) for name in SETTINGS}
         | {"weight_decay": WEIGHT_DECAY},
         "images": {part: len(getattr(data, part).images)
                    for part in ("training", "validation", "test")},
@@ -1387,8 +1430,8 @@ def remove_checkpoint(checkpoint, history):
             checkpoint.with_name(f".{name}").unlink(missing_ok=True)  # from a run that was killed
         checkpoint.parent.rmdir()
     except OSError as error:  # it contains another file, or another program has it open
-        print(f"{checkpoint.parent} could not be removed ({error.strerror}). It is not needed any "
-              "more", file=sys.stderr)
+        print(f"{checkpoint.parent} could not be removed ({error.strerror}). You can delete it",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -1399,15 +1442,15 @@ if __name__ == "__main__":
     with (program_errors(output_dir, None if options.predict else checkpoint),
           tempfile.TemporaryDirectory() as demo_dir):
         if options.predict:
-            all_done = predict_emotions(options.predict, output_dir, detect=not options.no_detect,
+            succeeded = predict_emotions(options.predict, output_dir, detect=not options.no_detect,
                                         as_json=options.json)
-            sys.exit(0 if all_done else 2)
+            sys.exit(0 if succeeded else 2)
         if options.resume:
             started -= restore_options(options, checkpoint)
-        elif checkpoint.exists():
-            raise InputError(UNFINISHED_RUN.format(checkpoint.parent))
-        elif not options.demo:
-            options.data_dir = os.path.abspath(options.data_dir or find_dataset())
+        else:
+            check_no_checkpoint(checkpoint)
+        if not (options.demo or options.data_dir):
+            options.data_dir = os.path.abspath(find_dataset())
         options.precision = options.precision or fastest_precision()
         print(f"{hardware_name()}, {options.precision}")
         keras.utils.set_random_seed(options.seed)

@@ -32,7 +32,9 @@ RUN = "--epochs", "2", "--batch-size", "16", "--output-dir", "output"
 
 
 def pytest_configure(config):
-    """Pass over two warnings: Keras calls SciPy and NumPy by names that go with later versions."""
+    """Register a marker, and ignore two warnings about names that Keras uses."""
+    config.addinivalue_line("markers", "documents: compares the script with README, docs or "
+                            "tests/measure; to change the script first, use -m 'not documents'")
     config.addinivalue_line("filterwarnings", "ignore:Please import `affine_transform`")
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation")
 
@@ -63,7 +65,6 @@ def run_here(monkeypatch, capfd):
         with monkeypatch.context() as patch, warnings.catch_warnings():
             patch.chdir(cwd)
             patch.setattr(sys, "argv", [str(program), *map(str, arguments)])
-            patch.setattr(os, "_exit", sys.exit)  # how it ends at Ctrl-C
             patch.setenv("MPLBACKEND", "agg")
             patch.delitem(sys.modules, "IPython", raising=False)
             try:
@@ -235,13 +236,15 @@ def killed_run(shared, small_dataset):
 
     First before or after its first epoch, then after one epoch or more.
     """
+    moments = random.Random(0)
+
     def kill_twice(folder):
         shutil.copytree(small_dataset, folder / "data")
         for epochs, arguments in (0, ("--data-dir", "data", *RUN)), (1, ("--resume",)):
             process = start(*arguments, cwd=folder)
             wait_for_checkpoint(process, folder, epochs)
             seconds = kept_history(folder / "output").get("seconds", [1])[-1]
-            time.sleep(random.uniform(0, seconds / 2))  # into an epoch, or into the saving
+            time.sleep(moments.uniform(0, seconds / 2))  # into an epoch, or into the saving
             process.kill()
             process.communicate()
             assert process.returncode == -signal.SIGKILL

@@ -183,8 +183,8 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(t
     assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
     assert (np.delete(images, 1, axis=0) == 90).all()
     output, errors = capfd.readouterr()
-    assert output == ("2 of 8 images are larger than 64 pixels. They are scaled down whole; if "
-                      "they show more than a face, use --crop-faces\n")
+    assert output == (f"{tmp_path / 'train'}: 2 of 8 images are larger than 64 "
+                      "pixels. If they show more than the face, use --crop-faces\n")
     assert errors == (
         f"{tmp_path / 'train/happy'}: skipped 3 of 4 files that are not images (.db, "
         ".txt)\n")
@@ -415,10 +415,12 @@ def test_an_epoch_leaves_the_random_numbers_of_others_alone(small_dataset):
 
 
 @pytest.mark.parametrize("augmentation", [
-    {"brightness_range": (0.5, 1)}, {"rescale": 1 / 255}, {"channel_shift_range": 20}])
-def test_augmentation_that_is_not_affine_is_an_error(small_dataset, monkeypatch, augmentation):
+    {"brightness_range": (0.5, 1)}, {"rescale": 1 / 255}, {"channel_shift_range": 20},
+    {"width_shift_range": 4}, {"height_shift_range": [-2, 0, 2]}])
+def test_augmentation_that_is_not_supported_is_an_error(small_dataset, monkeypatch, augmentation):
     monkeypatch.setattr(script, "AUGMENTATION", {"zoom_range": 0.1, **augmentation})
-    with pytest.raises(script.InputError, match=f"AUGMENTATION: {[*augmentation][0]} is not aff"):
+    with pytest.raises(script.InputError, match=f"AUGMENTATION: {[*augmentation][0]} (is not aff"
+                       "ine|must be a fraction)"):
         script.load_data(small_dataset)
 
 
@@ -499,7 +501,18 @@ def test_data_folder_that_is_there_is_used_even_where_it_holds_bad_input(
     assert not (tmp_path / "output").exists()
 
 
-def test_drawn_faces_have_the_layout_of_the_dataset_and_differ(tmp_path):
+def test_drawn_faces_have_the_layout_of_the_dataset(tmp_path):
+    script.draw_faces(tmp_path, seed=0)
+    for part, prefix, count in (("train", "Training", 300), ("test", "PublicTest", 50),
+                                ("test", "PrivateTest", 50)):
+        assert sorted(folder.name for folder in (tmp_path / part).iterdir()) == EMOTIONS
+        for folder in (tmp_path / part).iterdir():
+            assert {file.name for file in folder.glob(f"{prefix}_*")} == {
+                f"{prefix}_{number}.jpg" for number in range(count)}
+    assert len(list(tmp_path.glob("*/*/*"))) == 7 * 400
+
+
+def test_drawn_faces_differ_and_follow_the_seed():
     rng = np.random.default_rng(0)
     faces = {np.asarray(script.draw_face(emotion, rng)).tobytes()
              for emotion in EMOTIONS for _ in range(20)}

@@ -61,8 +61,8 @@ def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(
     shutil.copytree(tmp_path / "data", tmp_path / "other")
     flat(90).save(tmp_path / "other/train/sad/Training_0.png")
     assert_refused(run_here(*RUN, cwd=tmp_path), "output/unfinished", "--resume", "delete")
-    for option in ("--epochs=9", "--seed=1", "--batch-size=4", "--precision=float32", "--demo",
-                   "--learning-rate=1"):
+    for option in ("--epochs=9", "--seed=1", "--batch-size=4", "--precision=float32",
+                   "--learning-rate=1", "--crop-faces"):
         assert_refused(run_here("--resume", option, cwd=tmp_path), option.split("=")[0])
     assert_refused(run_here("--resume", "--data-dir", "other", cwd=tmp_path),
                    "the images changed", "output/unfinished")
@@ -92,6 +92,17 @@ def test_ctrl_c_while_the_first_checkpoint_is_written_leaves_nothing(
     process = run_here("--data-dir", small_dataset, cwd=tmp_path)
     assert (process.returncode, process.stderr) == (130, "interrupted\n")
     assert not list((tmp_path / "output").iterdir())  # the next run is not refused
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_bars_no_other(
+        small_dataset, tmp_path, run_here, monkeypatch):
+    checkpoint = tmp_path / "output/unfinished/checkpoint.npz"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    monkeypatch.setattr(keras.Sequential, "fit", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_here("--data-dir", small_dataset, cwd=tmp_path)
+    assert kept_history(tmp_path / "output") == {"epoch": []}
 
 
 def test_of_two_runs_started_at_once_in_a_folder_one_goes_on(small_dataset, whole_run, tmp_path):
@@ -204,7 +215,7 @@ def test_resume_notices_that_the_data_changed(killed_run, tmp_path, run_here, ch
 @pytest.mark.parametrize("damage", [
     lambda path: path.write_text("no archive"),
     lambda path: path.write_bytes(path.read_bytes()[:-9000]),
-    lambda path: path.write_bytes(b""), lambda path: path.unlink(), foreign_model])
+    lambda path: path.write_bytes(b""), foreign_model])
 def test_damaged_or_foreign_checkpoint_gives_one_line(killed_run, tmp_path, damage, run_here):
     shutil.copytree(killed_run / "output", tmp_path / "output")
     damage(tmp_path / "output/unfinished/checkpoint.npz")
@@ -228,7 +239,7 @@ def test_a_demo_goes_on_with_the_same_faces(tmp_path, run_here, monkeypatch):
     monkeypatch.setattr(keras.Sequential, "fit", fit)
     few_faces = changed_script(tmp_path, ('"Training", 300)', '"Training", 6)'),
                                ('"PublicTest", 50)', '"PublicTest", 2)'))
-    for arguments in ("--demo", "--seed", 4), ("--resume", "--output-dir", "demo"):
+    for arguments in ("--demo", "--seed", 4), ("--resume", "--demo"):
         process = run_here(*arguments, cwd=tmp_path, program=few_faces)
         assert process.returncode == 2
         assert process.stderr == (
@@ -262,5 +273,5 @@ def test_a_metric_that_was_added_since_is_told(killed_run, tmp_path, run_here):
 
 
 def test_nothing_to_resume_gives_one_line(tmp_path, run_here):
-    assert_refused(run_here("--resume", cwd=tmp_path), "output/unfinished", "start again")
+    assert_refused(run_here("--resume", cwd=tmp_path), "output/unfinished", "without --resume")
     assert not list(tmp_path.iterdir())

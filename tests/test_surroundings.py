@@ -112,7 +112,7 @@ def test_run_in_a_notebook_leaves_its_settings_alone(tmp_path, monkeypatch, capf
     handler, filters = signal.getsignal(signal.SIGINT), list(warnings.filters)
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert end.value.code == 2 and "is not a usable checkpoint" in capfd.readouterr().err
+    assert end.value.code == 2 and "start a new run without --resume" in capfd.readouterr().err
     assert os.environ["MPLBACKEND"] == "module://matplotlib_inline.backend_inline"
     assert signal.getsignal(signal.SIGINT) is handler and warnings.filters == filters
 

@@ -50,9 +50,9 @@ def dropout_rates(model):
 def test_network_is_two_convolution_blocks_flatten_and_two_dense_layers():
     model = script.create_CNN(7)
     kinds = [type(layer).__name__ for layer in model.layers]
-    free = {"GroupNormalization", "LayerNormalization", "BatchNormalization", "ReLU", "Dropout",
-            "SpatialDropout2D"}
-    assert [kind for kind in kinds if kind not in free] == [
+    fixed = [kind for kind in kinds if any(
+        word in kind for word in ("Conv", "Pooling", "Flatten", "Dense"))]
+    assert fixed == [
         "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D", "Flatten", "Dense", "Dense"]
     assert model.input_shape == (None, 48, 48, 1) and model.output_shape == (None, 7)
     assert model.layers[-1].activation is keras.activations.softmax
@@ -411,7 +411,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(
     elif what == "precision":
         dtype_policy("mixed_bfloat16")
     model = script.create_CNN(7) if what == "number of parameters" else small_network()
-    with pytest.raises(script.InputError, match=f"run.npz does not match: the {what} changed"):
+    with pytest.raises(script.InputError, match=f"run.npz does not .* run: the {what} changed"):
         train(model, data, **{"epochs": 3, "checkpoint": checkpoint, "resume": True} | settings)
     assert checkpoint.read_bytes() == before
 
