@@ -1354,8 +1354,9 @@ def end_program(reason, status, checkpoint=None):
 
 
 @contextlib.contextmanager
-def program_errors(output_dir, checkpoint):
+def program_errors(options, checkpoint):
     """Report Ctrl-C and errors that the user can fix in one line, and exit."""
+    resumable = None if options.predict else checkpoint
     interrupted = False
 
     def interrupt(number, frame):
@@ -1372,12 +1373,12 @@ def program_errors(output_dir, checkpoint):
         os._exit(141)  # 141 and 130 are the statuses that a shell reports
     except BaseException as error:
         if interrupted:
-            end_program("interrupted", 130, checkpoint)
+            end_program("interrupted", 130, resumable)
         if isinstance(error, InputError):
             end_program(f"error: {error}", 2)
         if isinstance(error, OSError):  # the disk is full, for example
-            end_program(f"error: {error.filename or output_dir}: {error.strerror or error}", 2,
-                        checkpoint)
+            end_program(f"error: {error.filename or options.output_dir}: "
+                        f"{error.strerror or error}", 2, resumable)
         raise
 
 
@@ -1439,8 +1440,7 @@ if __name__ == "__main__":
     options = parse_command_line(sys.argv[1:])
     output_dir = Path(options.output_dir)
     checkpoint = output_dir / "unfinished" / CHECKPOINT_FILE
-    with (program_errors(output_dir, None if options.predict else checkpoint),
-          tempfile.TemporaryDirectory() as demo_dir):
+    with program_errors(options, checkpoint), tempfile.TemporaryDirectory() as demo_dir:
         if options.predict:
             succeeded = predict_emotions(options.predict, output_dir, detect=not options.no_detect,
                                         as_json=options.json)
@@ -1459,11 +1459,11 @@ if __name__ == "__main__":
             draw_faces(demo_dir, options.seed)
         data = load_data(options.data_dir or demo_dir, options.crop_faces)
         model = create_CNN(len(data.emotions), options.epochs)
-        source = {name: getattr(options, name) for name in ("data_dir", "demo", "crop_faces")}
         history = train_model(
             model, data, epochs=options.epochs, batch_size=options.batch_size,
             learning_rate=options.learning_rate, seed=options.seed, checkpoint=checkpoint,
-            resume=options.resume, source=source)
+            resume=options.resume, source={"data_dir": options.data_dir, "demo": options.demo,
+                                           "crop_faces": options.crop_faces})
         save_network(model, data.emotions, output_dir / NETWORK_FILE)
         scores, probabilities = evaluate_model(model, data)
         save_results(output_dir, model, options, data, history, scores,
@@ -1472,7 +1472,6 @@ if __name__ == "__main__":
         plot_examples(data, probabilities, output_dir)
         plot_filters(model, data, output_dir)
         remove_checkpoint(checkpoint, history)
-        plots = [f"{name}.png" for name in (*plotted_metrics(history), "confusion_matrix",
-                                            "examples", "filters")]
-        print(f"\nSaved in {output_dir}: "
-              f"{', '.join([NETWORK_FILE, 'metrics.json', 'history.csv', *plots])}")
+        plots = *plotted_metrics(history), "confusion_matrix", "examples", "filters"
+        print(f"\nSaved in {output_dir}: {NETWORK_FILE}, metrics.json, history.csv, "
+              f"{'.png, '.join(plots)}.png")

@@ -1,4 +1,4 @@
-"""What the tests share: small datasets, whole runs of the script, and what they leave."""
+"""Fixtures and functions for all tests: small datasets and complete runs of the script."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "emotion_recognition_cnn.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "measure")]
 
-import emotion_recognition_cnn as script  # noqa: E402  before Keras, whose settings it makes
+import emotion_recognition_cnn as script  # noqa: E402  before Keras, to configure it
 import keras  # noqa: E402
 
 EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
@@ -32,21 +32,21 @@ RUN = "--epochs", "2", "--batch-size", "16", "--output-dir", "output"
 
 
 def pytest_configure(config):
-    """Register a marker, and ignore two warnings about names that Keras uses."""
+    """Register a marker, and ignore two deprecation warnings that Keras causes."""
     config.addinivalue_line("markers", "documents: compares the script with README, docs or "
-                            "tests/measure; to change the script first, use -m 'not documents'")
+                            "tests/measure; skip with -m 'not documents' while changing the script")
     config.addinivalue_line("filterwarnings", "ignore:Please import `affine_transform`")
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation")
 
 
 def pytest_collection_modifyitems(items):
-    """Put what needs a whole run last, so that no worker waits while another one makes the run."""
+    """Put tests that need a complete run last, so that no worker waits for another one's run."""
     items.sort(key=lambda item: [name in item.fixturenames
                                  for name in ("killed_run", "whole_run", "demo")])
 
 
 def run(*arguments, cwd, **environment):
-    """Run the script as a user would; return the finished process."""
+    """Run the script as a user would and return the finished process."""
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=280,
                           env={**os.environ, **environment})
@@ -54,12 +54,13 @@ def run(*arguments, cwd, **environment):
 
 @pytest.fixture
 def run_here(monkeypatch, capfd):
-    """Return `run` that runs the script in this process, which has TensorFlow already.
+    """Return a version of `run` that runs the script in this process.
 
-    What a program of its own changes in its process is as before afterwards.
+    This is faster, because TensorFlow is already imported.  Afterwards, the fixture restores what
+    the script changes in its process.
     """
     def run_here(*arguments, cwd, program=SCRIPT):
-        script.hardware_name()  # TensorFlow looks for GPUs once in a process, and talks of it
+        script.hardware_name()  # TensorFlow looks for GPUs once per process, and logs it
         capfd.readouterr()
         handler, status = signal.getsignal(signal.SIGINT), 0
         with monkeypatch.context() as patch, warnings.catch_warnings():
@@ -83,7 +84,7 @@ def run_here(monkeypatch, capfd):
 def start(*arguments, cwd, program=SCRIPT, at_ctrl_c=signal.SIG_DFL):
     """Start the script and return the running process.
 
-    Ctrl-C works in it even where the tests run in the background, which ignores it.
+    Ctrl-C works in it even if the tests run in the background, where it is normally ignored.
     """
     return subprocess.Popen(
         [sys.executable, program, *map(str, arguments)], cwd=cwd, text=True,
@@ -92,14 +93,14 @@ def start(*arguments, cwd, program=SCRIPT, at_ctrl_c=signal.SIG_DFL):
 
 
 def read_history(output_dir):
-    """Return history.csv without its seconds."""
+    """Return history.csv without the column of seconds."""
     with open(Path(output_dir, "history.csv"), newline="") as file:
         return [{name: float(value) for name, value in row.items() if name != "seconds"}
                 for row in csv.DictReader(file)]
 
 
 def kept_history(output_dir):
-    """Return the history in the checkpoint of an unfinished run: {} where there is none yet."""
+    """Return the history in the checkpoint of an unfinished run, or {} if there is none yet."""
     checkpoint = Path(output_dir, "unfinished", script.CHECKPOINT_FILE)
     if not checkpoint.exists() or not checkpoint.stat().st_size:  # not yet written
         return {}
@@ -108,7 +109,7 @@ def kept_history(output_dir):
 
 
 def wait_for_checkpoint(process, folder, epochs):
-    """Wait until `process` has kept a checkpoint of so many epochs or more, or has ended."""
+    """Wait until `process` has saved a checkpoint after at least `epochs` epochs, or has ended."""
     while process.poll() is None:
         history = kept_history(folder / "output")
         if history and len(history["epoch"]) >= epochs:
@@ -117,7 +118,7 @@ def wait_for_checkpoint(process, folder, epochs):
 
 
 def assert_same_run(one, other):
-    """Assert that two runs gave the same history, figures and predictions, times aside."""
+    """Assert that two runs have the same history and metrics, except for durations."""
     assert read_history(one / "output") == read_history(other / "output")
     one, other = (json.loads((folder / "output/metrics.json").read_text())
                   for folder in (one, other))
@@ -127,7 +128,7 @@ def assert_same_run(one, other):
 
 
 def changed_script(folder, *changes):
-    """Write a copy of the script, changed by pairs of a text and what stands in its place."""
+    """Write a copy of the script with changes, given as pairs (old text, new text)."""
     text = SCRIPT.read_text()
     for old, new in changes:
         assert text.count(old) == 1, old
@@ -140,7 +141,7 @@ def changed_script(folder, *changes):
 def make_dataset(folder, train=6, public=2, private=2, draw=None):
     """Write a small dataset in Kaggle's layout and return its folder.
 
-    Each image is drawn by `draw(emotion, kind, number)`; by default it is a drawn face.
+    `draw(emotion, kind, number)` returns an image; the default draws a face.
     """
     rng = np.random.default_rng(7)
     draw = draw or (lambda emotion, kind, number: script.draw_face(emotion, rng))
@@ -154,12 +155,12 @@ def make_dataset(folder, train=6, public=2, private=2, draw=None):
 
 
 def flat(shade):
-    """Return an image of one shade, which no flip, shift, rotation or zoom can change."""
+    """Return an image of a single shade, which no flip, shift, rotation or zoom changes."""
     return Image.new("L", (48, 48), shade)
 
 
 def small_network():
-    """Return a network for what any network shows: it has all kinds of variables, and few."""
+    """Return a small network, with all kinds of variables, for tests that work with any network."""
     return keras.Sequential([
         keras.Input((48, 48, 1)), keras.layers.MaxPooling2D(8), keras.layers.Flatten(),
         keras.layers.Dense(16), keras.layers.BatchNormalization(), keras.layers.Dropout(0.3),
@@ -167,14 +168,14 @@ def small_network():
 
 
 def foreign_model(path):
-    """Save a network that is not the script's."""
+    """Save a network that does not come from the script."""
     keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save(path.with_suffix(".keras"))
     os.replace(path.with_suffix(".keras"), path)
 
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Return the list of the figures that are saved from now on."""
+    """Return a list that collects all figures saved during the test."""
     saved, savefig = [], script.Figure.savefig
 
     def save(figure, *arguments, **settings):
@@ -187,7 +188,7 @@ def figures(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, testrun_uid):
-    """Return `shared(name, make)`: a folder that `make` has filled, once for all workers."""
+    """Return `shared(name, make)`: it returns a folder that `make` fills once for all workers."""
     def shared(name, make):
         folder = tmp_path_factory.getbasetemp().parent / f"{name}-{testrun_uid}"
         with FileLock(f"{folder}.lock"):
@@ -200,7 +201,7 @@ def shared(tmp_path_factory, testrun_uid):
 
 
 def run_and_note(*arguments, cwd):
-    """Run the script and write down its status and what it printed."""
+    """Run the script and save its exit status and output."""
     process = run(*arguments, cwd=cwd)
     noted = {"returncode": process.returncode, "stdout": process.stdout, "stderr": process.stderr}
     (cwd / "process.json").write_text(json.dumps({"args": arguments, **noted}, default=str))
@@ -208,13 +209,13 @@ def run_and_note(*arguments, cwd):
 
 @pytest.fixture(scope="session")
 def small_dataset(shared):
-    """Return the folder of a dataset of 70 drawn faces; tests copy it before they change it."""
+    """Return the folder of a dataset of 70 drawn faces.  Tests must copy it before changing it."""
     return shared("small", make_dataset)
 
 
 @pytest.fixture(scope="session")
 def demo(shared):
-    """Return the folder and the process of a run with --demo, into its default output folder."""
+    """Return the folder and the process of a run with --demo and the default output folder."""
     folder = shared("demo", lambda folder: run_and_note("--demo", cwd=folder))
     process = json.loads((folder / "process.json").read_text())
     return folder, subprocess.CompletedProcess(**process)
@@ -222,7 +223,7 @@ def demo(shared):
 
 @pytest.fixture(scope="session")
 def whole_run(shared, small_dataset):
-    """Return the folder of a run that nobody interrupted; its output is in output/."""
+    """Return the folder of an uninterrupted run, with its results in output/."""
     arguments = "--data-dir", small_dataset, *RUN
     folder = shared("whole_run", lambda folder: run_and_note(*arguments, cwd=folder))
     process = json.loads((folder / "process.json").read_text())
@@ -232,9 +233,10 @@ def whole_run(shared, small_dataset):
 
 @pytest.fixture(scope="session")
 def killed_run(shared, small_dataset):
-    """Return the folder of a run on data/ there that was killed, resumed, and killed again.
+    """Return the folder of a run that was killed, resumed, and killed again.
 
-    First before or after its first epoch, then after one epoch or more.
+    It trains on data/ in this folder.  The first kill comes before or after the end of the first
+    epoch, the second one after at least one epoch.
     """
     moments = random.Random(0)
 
@@ -244,7 +246,7 @@ def killed_run(shared, small_dataset):
             process = start(*arguments, cwd=folder)
             wait_for_checkpoint(process, folder, epochs)
             seconds = kept_history(folder / "output").get("seconds", [1])[-1]
-            time.sleep(moments.uniform(0, seconds / 2))  # into an epoch, or into the saving
+            time.sleep(moments.uniform(0, seconds / 2))  # kill it in an epoch or while saving
             process.kill()
             process.communicate()
             assert process.returncode == -signal.SIGKILL

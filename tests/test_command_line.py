@@ -1,4 +1,4 @@
-"""Runs of the script as a user starts it: terminal, bad input, README."""
+"""The script on the command line: bad input, output on a terminal, documentation."""
 
 import contextlib
 import json
@@ -16,59 +16,60 @@ from PIL import Image
 
 NETWORK = f"output/{script.NETWORK_FILE}"
 
-# Each case: arguments, what is done to a copy of the dataset in data/, words of the error line.
+# Each case: arguments, a change to a copy of the dataset in data/, words in the error line.
 BAD_INPUTS = {
     "data folder missing": (["--data-dir", "nowhere"], None, ["nowhere", "--data-dir"]),
     "data folder is a file": (["--data-dir", "data/readme.txt"],
                               lambda data: (data / "readme.txt").write_text("x"), ["readme.txt"]),
-    "archive itself": (["--data-dir", "data/archive.zip"],
-                       lambda data: (data / "archive.zip").write_text("x"),
-                       ["data/archive.zip", "unpacked"]),
+    "data folder is an archive": (["--data-dir", "data/archive.zip"],
+                                  lambda data: (data / "archive.zip").write_text("x"),
+                                  ["data/archive.zip", "unpacked"]),
     "archive in the folder": ([], lambda data: [
         shutil.rmtree(data / "train"), (data / "archive.zip").write_text("x")],
         ["data/train is missing", "unpacked", "data contains", "archive.zip"]),
-    "dataset one level deeper": ([], lambda data: [
+    "dataset in a subfolder": ([], lambda data: [
         (data / "fer2013").mkdir(),
         *[(data / part).rename(data / "fer2013" / part) for part in ("train", "test")]],
         ["data/train is missing", "--data-dir", "data contains", "fer2013"]),
-    "part of a dataset": (["--data-dir", "data/train"], None,
-                          ["data/train/train is missing", "data/train contains", "angry"]),
-    "one part of another name": ([], lambda data: (data / "test").rename(data / "validation"),
-                                 ["data/test is missing", "data contains", "train", "validation"]),
+    "data folder is train/": (["--data-dir", "data/train"], None,
+                              ["data/train/train is missing", "data/train contains", "angry"]),
+    "test folder renamed": ([], lambda data: (data / "test").rename(data / "validation"),
+                            ["data/test is missing", "data contains", "train", "validation"]),
     "no train": ([], lambda data: shutil.rmtree(data / "train"), ["data/train", "--data-dir"]),
     "no test": ([], lambda data: shutil.rmtree(data / "test"), ["data/test", "--data-dir"]),
     "emotion missing": ([], lambda data: shutil.rmtree(data / "test/fear"),
                         ["data/test/fear", "missing", "the same subfolders"]),
     "emotion empty": ([], lambda data: [file.unlink() for file in data.glob("train/sad/*")],
                       ["data/train/sad", "contains no images", ".jpg"]),
-    "emotion too many": ([], lambda data: (data / "train/contempt").mkdir(),
-                         ["data/test/contempt", "missing", "the same subfolders"]),
-    "emotion of no characters": ([], lambda data: [
+    "additional emotion in train": ([], lambda data: (data / "train/contempt").mkdir(),
+                                    ["data/test/contempt", "missing", "the same subfolders"]),
+    "emotion name not printable": ([], lambda data: [
         (data / part / "sad").rename(data / part / os.fsdecode(b"tr\xfcb"))
         for part in ("train", "test")], ["data/train", "cannot be printed", r"tr\udcfcb"]),
     "one emotion": ([], lambda data: [shutil.rmtree(folder) for folder in data.glob("*/[!a]*")],
                     ["data/train", "at least two subfolders"]),
-    "nothing to hold out": ([], lambda data: [
+    "too few images to hold out": ([], lambda data: [
         file.rename(file.with_name("x.png")) if "_0" in file.name else file.unlink()
         for file in data.glob("*/*/*.png")], ["train/", "too few"]),
-    "image of no bytes": ([], lambda data: (data / "train/happy/Training_3.png").write_bytes(b""),
-                          ["data/train/happy/Training_3.png", "cannot be read"]),
-    "image of text": ([], lambda data: (data / "test/happy/x.jpg").write_text("no image"),
-                      ["data/test/happy/x.jpg", "cannot be read"]),
-    "image cut short": ([], lambda data: (data / "test/sad/PublicTest_0.png").write_bytes(
+    "image file empty": ([], lambda data: (data / "train/happy/Training_3.png").write_bytes(b""),
+                         ["data/train/happy/Training_3.png", "cannot be read"]),
+    "text file as an image": ([], lambda data: (data / "test/happy/x.jpg").write_text("no image"),
+                              ["data/test/happy/x.jpg", "cannot be read"]),
+    "image file truncated": ([], lambda data: (data / "test/sad/PublicTest_0.png").write_bytes(
         (data / "test/sad/PublicTest_0.png").read_bytes()[:700]),
         ["data/test/sad/PublicTest_0.png", "cannot be read"]),
     "decompression bomb": ([], lambda data: Image.new("1", (20000, 20000)).save(
         data / "train/fear/bomb.png"), ["data/train/fear/bomb.png", "cannot be read"]),
-    "no network and no data": ([], shutil.rmtree, [
+    "no data and no Internet": ([], shutil.rmtree, [
         "https://www.kaggle.com/datasets/msambare/fer2013", "data/", "--data-dir", "--demo"]),
     "nothing to resume": (["--resume"], None, ["output/unfinished/checkpoint.npz",
                                                "without --resume"]),
     "output is a file": (["--output-dir", "data/readme.txt"],
                          lambda data: (data / "readme.txt").write_text("x"), ["readme.txt"]),
-    "output below a file": (["--output-dir", "data/readme.txt/output"],
-                            lambda data: (data / "readme.txt").write_text("x"), ["readme.txt"]),
-    "pictures below a file": (
+    "output folder inside a file": (
+        ["--output-dir", "data/readme.txt/output"],
+        lambda data: (data / "readme.txt").write_text("x"), ["readme.txt"]),
+    "pictures inside a file": (
         ["--predict", "data/train/sad/Training_0.png", "--output-dir", "data/readme.txt"],
         lambda data: (data / "readme.txt").write_text("x"), ["data/readme.txt/predictions"]),
     "photo missing": (["--predict", "gone.jpg", "--output-dir", "made"], None, ["gone.jpg"]),
@@ -76,39 +77,39 @@ BAD_INPUTS = {
         "no network"), [NETWORK, "Train a network", "--output-dir"]),
 }
 
-# Each case: arguments, words of the error that follows the usage.
+# Each case: arguments, words in the error after the usage.
 BAD_OPTIONS = {
-    "no epoch": (["--epochs", 0], ["--epochs", "0", "1"]),
-    "word for epochs": (["--epochs", "many"], ["--epochs", "many"]),
-    "negative batch": (["--batch-size", -4], ["--batch-size", "-4", "2"]),
-    "batch of one image, which stays at chance": (["--batch-size", 1], ["--batch-size", "2"]),
-    "part of an image": (["--batch-size", "1.5"], ["--batch-size", "1.5"]),
-    "no learning rate": (["--learning-rate", 0], ["--learning-rate", "1e-09"]),
+    "zero epochs": (["--epochs", 0], ["--epochs", "0", "1"]),
+    "epochs not a number": (["--epochs", "many"], ["--epochs", "many"]),
+    "negative batch size": (["--batch-size", -4], ["--batch-size", "-4", "2"]),
+    "batch size of one": (["--batch-size", 1], ["--batch-size", "2"]),
+    "fractional batch size": (["--batch-size", "1.5"], ["--batch-size", "1.5"]),
+    "learning rate of zero": (["--learning-rate", 0], ["--learning-rate", "1e-09"]),
     "negative learning rate": (["--learning-rate", "-0.1"], ["--learning-rate", "-0.1"]),
     "learning rate nan": (["--learning-rate", "nan"], ["--learning-rate", "nan"]),
     "learning rate infinite": (["--learning-rate", "inf"], ["--learning-rate", "inf"]),
-    "word for learning rate": (["--learning-rate", "fast"], ["--learning-rate", "fast"]),
+    "learning rate not a number": (["--learning-rate", "fast"], ["--learning-rate", "fast"]),
     "unknown precision": (["--precision", "int8"], ["--precision", "int8", "float32"]),
     "negative seed": (["--seed", -1], ["--seed", "-1"]),
-    "seed beyond NumPy's": (["--seed", 2**32], ["--seed", str(2**32)]),
-    "word for seed": (["--seed", "x"], ["--seed", "x"]),
+    "seed too large for NumPy": (["--seed", 2**32], ["--seed", str(2**32)]),
+    "seed not a number": (["--seed", "x"], ["--seed", "x"]),
     "unknown option": (["--epoch", 3], ["--epoch"]),
     "demo and data": (["--demo", "--data-dir", "data"], ["--demo", "--data-dir"]),
-    "predict nothing": (["--predict"], ["--predict"]),
-    "predict a name that is empty": (["--predict", ""], ["empty"]),
+    "predict without a path": (["--predict"], ["--predict"]),
+    "predict an empty path": (["--predict", ""], ["empty"]),
     "predict and train": (["--predict", "x.png", "--epochs", 3, "--seed=0"],
                           ["--epochs, --seed"]),
     "predict and resume": (["--predict", "x.png", "--resume"], ["--resume"]),
     "resume and other settings": (["--resume", "--precision", "float32"],
                                   ["--precision"]),
-    "JSON of nothing": (["--json"], ["--json"]),
-    "nothing not to detect": (["--no-detect", "--demo"], ["--no-detect"]),
+    "JSON without predict": (["--json"], ["--json"]),
+    "no-detect without predict": (["--no-detect", "--demo"], ["--no-detect"]),
 }
 
 
 @pytest.fixture
 def earlier_run(tmp_path):
-    """Return a file of an earlier run in the folder output/."""
+    """Return a file in output/ from an earlier run."""
     (tmp_path / "output").mkdir()
     (tmp_path / "output/history.csv").write_text("of an earlier run")
     return tmp_path / "output/history.csv"
@@ -121,9 +122,9 @@ def test_bad_input_gets_one_line_and_status_2(
     shutil.copytree(small_dataset, tmp_path / "data")
     if change:
         change(tmp_path / "data")
-    for proxy in "HTTPS_PROXY", "https_proxy":  # nobody answers: no network, wherever this runs
+    for proxy in "HTTPS_PROXY", "https_proxy":  # nothing answers there: no Internet
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")
-    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))  # nothing was downloaded before
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))  # an empty cache
     process = run_here(*arguments, cwd=tmp_path)
     assert process.returncode == 2, process.stderr
     *notes, error = process.stderr.splitlines()
@@ -149,9 +150,9 @@ def test_bad_options_get_the_usage_and_one_line_and_status_2(
     assert [path.name for path in tmp_path.rglob("*")] == ["output", "history.csv"]
 
 
-def test_a_folder_that_cannot_be_removed_is_told_and_bars_no_other_run(
+def test_a_folder_that_cannot_be_removed_is_reported_and_blocks_no_run(
         small_dataset, tmp_path, run_here):
-    """Here it holds a file of the user's own, which is left alone."""
+    """The folder contains a file of the user, which must be kept."""
     own = tmp_path / "output/unfinished/history.csv"
     own.parent.mkdir(parents=True)
     own.write_text("Chapter one")
@@ -177,8 +178,8 @@ def test_output_folder_that_cannot_be_written(small_dataset, tmp_path, run_here)
     assert process.stderr.count("\n") == 1 and str(folder) in process.stderr
 
 
-def test_nothing_but_the_script_and_keras_reaches_the_terminal(demo):
-    """Every line is one of the script's own or of Keras's, a line per epoch."""
+def test_only_the_script_and_keras_print_to_the_terminal(demo):
+    """Each line comes from the script or is Keras's line for an epoch."""
     folder, process = demo
     assert process.stderr == ""
     metrics = json.loads((folder / "demo/metrics.json").read_text())
@@ -202,7 +203,7 @@ def test_a_terminal_shows_the_progress_bar_of_keras(small_dataset, tmp_path):
         stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm"})
     os.close(slave)
     output = b""
-    with contextlib.suppress(OSError):  # Linux: the end of the output is an error
+    with contextlib.suppress(OSError):  # on Linux, the end of the output raises an error
         while chunk := os.read(master, 4096):
             output += chunk
     os.close(master)
@@ -214,15 +215,15 @@ def test_a_terminal_shows_the_progress_bar_of_keras(small_dataset, tmp_path):
 
 
 @pytest.mark.documents
-def test_readme_gives_the_figures_of_the_runs():
-    """The table is what measure/budgets.py makes of docs/runs, and one run is told in full."""
+def test_documented_figures_match_the_runs():
+    """Checks the tables by measure/budgets.py and the figures of one run in detail."""
     readme = (ROOT / "README.md").read_text()
     table = subprocess.run(
         [sys.executable, ROOT / "tests/measure/budgets.py", *(ROOT / "docs/runs").iterdir()],
         capture_output=True, text=True, check=True).stdout
     results = (ROOT / "docs/RESULTS.md").read_text()
     assert table in results
-    rows = [row.split(" | ")[:-2] for row in table.splitlines()]  # README leaves out some columns
+    rows = [row.split(" | ")[:-2] for row in table.splitlines()]  # README omits some columns
     shown = [row for row in readme.splitlines() if row.startswith("| ") and " ± " in row]
     assert len(shown) == 3
     for row in shown:
@@ -239,7 +240,7 @@ def test_readme_gives_the_figures_of_the_runs():
 
 
 @pytest.mark.documents
-def test_table_of_layers_is_the_network():
+def test_table_of_layers_matches_the_network():
     results = (ROOT / "docs/RESULTS.md").read_text()
     model = script.create_CNN(7)
     for layer in model.layers:
@@ -251,7 +252,7 @@ def test_table_of_layers_is_the_network():
 
 @pytest.mark.documents
 @pytest.mark.parametrize("name", ["README.md", "docs/RESULTS.md"])
-def test_every_link_and_picture_is_there(name):
+def test_every_link_and_picture_exists(name):
     text = (ROOT / name).read_text()
     links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("https://")]
     assert len(links) >= 5
@@ -266,8 +267,8 @@ def test_every_link_and_picture_is_there(name):
 
 @pytest.mark.documents
 @pytest.mark.parametrize("name", ablation.INGREDIENTS)
-def test_ablation_leaves_out_what_the_script_holds(name):
-    changed = ablation.without(name)  # ends the program where an ingredient is not found
+def test_the_script_contains_every_ingredient_of_the_ablation(name):
+    changed = ablation.without(name)  # exits if the script lacks the ingredient
     compile(changed, name, "exec")
     assert (changed == SCRIPT.read_text()) == (name == "the whole recipe")
 
@@ -282,8 +283,8 @@ def test_readme_names_every_option(run_here):
         assert f"`{option}" in readme or f" {option}" in readme, option
 
 
-def test_runs_are_summed_up_by_epochs_processor_and_precision(tmp_path):
-    """measure/budgets.py: mean, deviation and least time of three seeds, three runs beside."""
+def test_runs_are_summarised_by_epochs_processor_and_precision(tmp_path):
+    """In measure/budgets.py, three runs with different seeds share a row; other runs do not."""
     for name, epochs, accuracy in (
             ("a", 2, 0.5), ("b", 2, 0.6), ("c", 2, 0.7), ("d", 9, 0.8), ("e", 9, 0.9), ("f", 9, 1)):
         precision = "mixed_bfloat16" if name == "e" else "float32"

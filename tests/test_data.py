@@ -1,4 +1,4 @@
-"""The data: split, unusual files and images, augmentation, where the dataset is found."""
+"""Finding and loading the dataset: split, unusual files and images, augmentation, download."""
 
 import io
 import json
@@ -16,12 +16,12 @@ from tensorflow.keras.preprocessing.image import ImageDataGenerator
 
 
 def in_one(batches):
-    """Return the images and labels of an epoch, which comes in batches."""
+    """Return the images and labels of all batches of an epoch."""
     return tuple(map(np.concatenate, zip(*batches.as_numpy_iterator())))
 
 
 def test_split_follows_the_file_names(tmp_path, capsys):
-    """Each image is told by its shade: none changes sides, loses its label or gets lost."""
+    """Each image has its own shade, so that the test finds it again with its label and split."""
     shades = iter(range(7 * 9))
     known = {}
 
@@ -65,7 +65,7 @@ def test_without_kaggle_names_a_stratified_tenth_is_held_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_a_folder_for_validation_is_the_validation_set(tmp_path, capsys, name):
-    """Nothing of train/ is held out then, and all of test/ is the test set."""
+    """In this case, nothing in train/ is held out, and all of test/ is the test set."""
     shades = {"Training": 20, "PublicTest": 90, "PrivateTest": 160}
     make_dataset(tmp_path, 10, 3, 2, lambda emotion, kind, number: flat(shades[kind] + number))
     for file in tmp_path.glob("test/*/PublicTest_*"):
@@ -93,7 +93,7 @@ def test_two_folders_for_validation_or_one_without_an_emotion_are_errors(tmp_pat
         script.load_data(tmp_path)
 
 
-def test_a_stray_file_in_test_does_not_change_the_split(tmp_path):
+def test_a_stray_file_in_test_is_an_error(tmp_path):
     make_dataset(tmp_path, 2, 2, 2)
     shutil.copy(tmp_path / "test/sad/PublicTest_0.png", tmp_path / "test/sad/copy.png")
     with pytest.raises(script.InputError, match=f"^{tmp_path}/test/sad/copy.png: its name is "
@@ -101,8 +101,8 @@ def test_a_stray_file_in_test_does_not_change_the_split(tmp_path):
         script.load_data(tmp_path)
 
 
-def test_cropped_faces_are_those_that_predict_sees(tmp_path, monkeypatch, run_here, capfd):
-    """The largest face of each image; --resume goes on with the same."""
+def test_faces_are_cropped_as_by_predict(tmp_path, monkeypatch, run_here, capfd):
+    """The largest face in each image is used.  --resume crops the images in the same way."""
     astronaut = Image.fromarray(skimage.data.astronaut())
     face = astronaut.crop((70, 0, 370, 300))
     pair = Image.new("RGB", (500, 300), "grey")
@@ -157,7 +157,7 @@ def test_an_emotion_with_one_image_is_trained_on_and_not_held_out(tmp_path):
     assert np.bincount(data.training.labels).tolist() == [2, 1, 2, 2, 2, 2, 2]
 
 
-def test_clean_leaves_out_the_test_images_that_stand_in_train(tmp_path, capsys):
+def test_clean_excludes_the_test_images_that_are_also_in_train(tmp_path, capsys):
     make_dataset(tmp_path)
     shutil.copy(tmp_path / "train/sad/Training_0.png", tmp_path / "test/happy/PrivateTest_1.png")
     test = script.load_data(tmp_path).test
@@ -190,10 +190,10 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(t
         ".txt)\n")
 
 
-def test_images_are_read_however_deep_they_lie(tmp_path, capfd):
-    """As Keras's flow_from_directory does: one folder for each person, say."""
+def test_images_in_nested_folders_are_read(tmp_path, capfd):
+    """Like Keras's flow_from_directory.  A dataset may have a folder per person, for example."""
     make_dataset(tmp_path, 3, 1, 1, lambda *_: flat(90))
-    person = tmp_path / "train/sad/people/person.jpg"  # a folder, in spite of its name
+    person = tmp_path / "train/sad/people/person.jpg"  # a folder, despite its name
     person.mkdir(parents=True)
     (tmp_path / "train/sad/Training_0.png").rename(person / "0.png")
     (tmp_path / "train/fear").rename(tmp_path / "fear")
@@ -203,14 +203,14 @@ def test_images_are_read_however_deep_they_lie(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_image_endings_are_those_that_can_be_read():
+def test_image_extensions_are_those_that_can_be_read():
     assert script.IMAGE_EXTENSIONS >= {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif",
                                     ".heic"}
     assert not script.IMAGE_EXTENSIONS & {".mpg", ".h5", ".grib", ".pdf", ".txt", ".mp4"}
 
 
 def test_emotions_are_the_folders_of_the_dataset(tmp_path, run_here):
-    """Three emotions, trained and evaluated; the network tells them by their own names."""
+    """Trains and evaluates a network with three emotions; its predictions use their names."""
     emotions = ["bored", "contempt", "tired & sleepy"]
     make_dataset(tmp_path / "data", 4, 2, 2)
     for part in "train", "test":
@@ -241,13 +241,13 @@ def test_an_eighth_emotion_is_one_more_folder(tmp_path):
 
 
 def encode(image, kind, **options):
-    """Return the bytes of `image` as a file of the given kind."""
+    """Return the contents of a file of the given kind that shows `image`."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
+def test_unusual_images_are_read_correctly(tmp_path, capfd):
     grey = Image.new("L", (48, 48), 90)
     animation = {"save_all": True, "append_images": [Image.new("L", (48, 48), 200)]}
     make_dataset(tmp_path, 1, 1, 1)
@@ -259,7 +259,7 @@ def test_unusual_images_are_read_as_a_person_sees_them(tmp_path, capfd):
             "the first frame of an animation.gif": encode(grey, "GIF", **animation)}.items():
         (tmp_path / "train/sad" / name).write_bytes(contents)
         image = script.open_image(tmp_path / "train/sad" / name)
-        pixels = script.face_pixels(script.open_image(image))  # as classify_photo takes it
+        pixels = script.face_pixels(script.open_image(image))  # as in classify_photo
         assert pixels.shape == (48, 48) and pixels.dtype == "uint8", name
         assert np.abs(pixels.astype(int) - 90).max() <= 2, name
     assert len(script.load_data(tmp_path).training.labels) == 13
@@ -276,7 +276,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, damage):
         script.open_image(tmp_path / "face.png")
 
 
-def test_more_than_8_bits_are_refused_and_not_taken_for_white(tmp_path):
+def test_more_than_8_bits_are_refused(tmp_path):
     deep = np.full((60, 60), 30000, "uint16")
     Image.fromarray(deep).save(tmp_path / "deep.png")
     for photo, words in (tmp_path / "deep.png", f"^{tmp_path}/deep.png .* 8 bits per channel"), (
@@ -285,7 +285,7 @@ def test_more_than_8_bits_are_refused_and_not_taken_for_white(tmp_path):
             script.open_image(photo)
 
 
-# How a camera that was turned has stored what was upright: of Exif's orientations, the values.
+# For each Exif orientation: how a rotated camera stores the pixels of an upright image.
 TURNED = {
     1: lambda pixels: pixels, 2: np.fliplr, 3: lambda pixels: np.rot90(pixels, 2), 4: np.flipud,
     5: np.transpose, 6: np.rot90, 7: lambda pixels: np.rot90(pixels, 2).T,
@@ -293,7 +293,7 @@ TURNED = {
 
 
 @pytest.mark.parametrize("orientation", TURNED)
-def test_images_come_upright(tmp_path, orientation):
+def test_images_are_rotated_upright(tmp_path, orientation):
     upright = np.random.default_rng(0).integers(0, 256, (30, 50), "uint8")
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -302,7 +302,7 @@ def test_images_come_upright(tmp_path, orientation):
     assert photo.mode == "RGB" and np.array_equal(np.asarray(photo)[..., 0], upright)
 
 
-@pytest.mark.filterwarnings("ignore:Image size")  # Pillow's own; the script as a program is silent
+@pytest.mark.filterwarnings("ignore:Image size")  # from Pillow; on the command line, it is hidden
 def test_photos_of_200_megapixels_are_read_and_larger_ones_named(tmp_path):
     Image.new("1", (16384, 12288), 1).save(tmp_path / "large.png")
     assert script.open_image(tmp_path / "large.png").size == (16384, 12288)
@@ -342,7 +342,7 @@ def test_only_training_images_are_augmented(small_dataset):
         assert part.labels.tolist() == [EMOTIONS.index(file.parent.name) for file in files]
 
 
-# One of each kind of affine transform, as ImageDataGenerator names its parameters, and all at once.
+# Each kind of affine transform, and a combination, with ImageDataGenerator's parameter names.
 TRANSFORMS = {
     "none": {}, "rotation": {"theta": 33}, "shift sideways": {"tx": 5.3}, "shift up": {"ty": -7.8},
     "shear": {"shear": 21}, "zoom": {"zx": 0.8, "zy": 0.8}, "asymmetrical zoom": {"zx": 1.3},
@@ -354,7 +354,7 @@ TRANSFORMS = {
 
 
 def assert_transforms_agree(images, transforms):
-    """Assert that the graph transforms float images as ImageDataGenerator does."""
+    """Assert that the script transforms float images as ImageDataGenerator does."""
     generator = ImageDataGenerator(dtype="float32")
     expected = [generator.apply_transform(image, transform)
                 for image, transform in zip(images, transforms)]
@@ -363,12 +363,12 @@ def assert_transforms_agree(images, transforms):
 
 
 @pytest.mark.parametrize("kind", TRANSFORMS)
-def test_each_transform_is_that_of_the_generator(kind):
+def test_each_transform_matches_the_generator(kind):
     images = np.random.default_rng(0).uniform(0, 255, (2, 48, 48, 1)).astype("float32")
     assert_transforms_agree(images, [TRANSFORMS[kind]] * 2)
 
 
-def test_transforms_that_the_generator_draws_are_its_own():
+def test_random_transforms_match_the_generator():
     generator = ImageDataGenerator(
         horizontal_flip=True, vertical_flip=True, rotation_range=180, width_shift_range=0.5,
         height_shift_range=0.2, shear_range=40, zoom_range=(0.6, 1.7))
@@ -380,8 +380,8 @@ def test_transforms_that_the_generator_draws_are_its_own():
 @pytest.mark.parametrize("augmentation", [
     script.AUGMENTATION, {}, {"vertical_flip": True}, {"zoom_range": (1, 1.2)},
     {"rotation_range": 40, "height_shift_range": 0.3, "shear_range": 20, "horizontal_flip": True}])
-def test_transforms_drawn_at_once_are_those_that_the_generator_draws_one_by_one(augmentation):
-    """To the last digit, from the same seed, which is why a seed gives the run it always gave."""
+def test_transforms_drawn_at_once_equal_those_that_the_generator_draws_one_by_one(augmentation):
+    """They are identical to the last digit, so that runs with a seed remain reproducible."""
     generator = ImageDataGenerator(**augmentation)
     drawn = script.random_transforms(generator, 50, np.random.RandomState([3, 7]))
     np.random.seed([3, 7])
@@ -392,20 +392,20 @@ def test_transforms_drawn_at_once_are_those_that_the_generator_draws_one_by_one(
         assert {name: expected[name] for name in transform} == transform
 
 
-def test_order_and_transforms_of_an_epoch_depend_on_seed_and_epoch_alone(small_dataset):
+def test_order_and_transforms_depend_only_on_seed_and_epoch(small_dataset):
     data = script.load_data(small_dataset)
     images, labels = in_one(script.augmented_batches(data, 8, [3, 0]))
     np.random.seed(99)
     for batch_size in 8, 42:
         again = script.augmented_batches(data, batch_size, [3, 0])
-        np.random.random(1000)  # others draw random numbers while it trains
+        np.random.random(1000)  # other code draws random numbers during training
         same_images, same_labels = in_one(again)
         assert np.array_equal(same_labels, labels) and np.array_equal(same_images, images)
     for seed in [3, 1], [4, 0]:
         assert not np.array_equal(in_one(script.augmented_batches(data, 8, seed))[1], labels)
 
 
-def test_an_epoch_leaves_the_random_numbers_of_others_alone(small_dataset):
+def test_an_epoch_does_not_change_numpys_global_random_state(small_dataset):
     data = script.load_data(small_dataset)
     np.random.seed(5)
     expected = np.random.random(3)
@@ -435,7 +435,7 @@ def test_augmentation_that_is_not_affine_ends_the_script(small_dataset, tmp_path
 
 @pytest.fixture
 def kagglehub(tmp_path, monkeypatch):
-    """Put a stand-in for kagglehub first on the path; it notes each call, and gives a folder."""
+    """Replace kagglehub by a module that records each call and returns a folder."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/kagglehub.py").write_text(
         f"def dataset_download(handle):\n"
@@ -445,8 +445,8 @@ def kagglehub(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "kagglehub", raising=False)
 
 
-def test_the_dataset_is_downloaded_where_there_is_none(kagglehub, tmp_path, run_here):
-    """With its version: without one, kagglehub needs the network even for what is in its cache."""
+def test_the_dataset_is_downloaded_if_there_is_none(kagglehub, tmp_path, run_here):
+    """The version is given: without it, kagglehub needs the Internet even if the data is cached."""
     make_dataset(tmp_path / "cache", 1, 1, 1)
     (tmp_path / "cache/test/happy/x.jpg").write_text("no image, which ends the run early")
     process = run_here("--epochs", 1, cwd=tmp_path)
@@ -455,7 +455,7 @@ def test_the_dataset_is_downloaded_where_there_is_none(kagglehub, tmp_path, run_
     assert process.returncode == 2 and str(tmp_path / "cache/test/happy/x.jpg") in process.stderr
 
 
-def test_a_download_that_fails_names_its_reason_and_the_ways_on(
+def test_a_failed_download_is_reported_with_its_reason_and_alternatives(
         kagglehub, tmp_path, monkeypatch):
     (tmp_path / "site/kagglehub.py").write_text("raise OSError('no HOME\\nfor you')\n")
     monkeypatch.chdir(tmp_path)
@@ -466,14 +466,14 @@ def test_a_download_that_fails_names_its_reason_and_the_ways_on(
     assert all(way in message for way in ("data/", "--data-dir", "--demo", "https://www.kaggle.c"))
 
 
-def test_without_kagglehub_the_way_to_install_it_is_told(tmp_path, monkeypatch):
+def test_without_kagglehub_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(script.InputError, match="pip install kagglehub.*--data-dir"):
         script.find_dataset()
 
 
-def test_data_folder_that_is_there_is_used_however_small_and_nothing_downloaded(
+def test_an_existing_data_folder_is_used_and_nothing_downloaded(
         kagglehub, tmp_path, monkeypatch, capsys):
     make_dataset(tmp_path / "data", 1, 1, 1)
     monkeypatch.chdir(tmp_path)
@@ -483,14 +483,14 @@ def test_data_folder_that_is_there_is_used_however_small_and_nothing_downloaded(
     assert not (tmp_path / "calls").exists()
 
 
-def test_a_mistyped_data_dir_is_an_error_and_never_a_download_or_drawings(
+def test_a_mistyped_data_dir_is_an_error_and_starts_no_download_or_demo(
         kagglehub, tmp_path, run_here):
     process = run_here("--data-dir", "dta", cwd=tmp_path)
     assert process.returncode == 2 and "dta" in process.stderr
     assert not (tmp_path / "calls").exists() and "Drawing" not in process.stdout
 
 
-def test_data_folder_that_is_there_is_used_even_where_it_holds_bad_input(
+def test_an_existing_data_folder_is_used_even_if_it_contains_bad_input(
         kagglehub, tmp_path, run_here):
     make_dataset(tmp_path / "data", 1, 1, 1)
     (tmp_path / "data/test/happy/x.jpg").write_text("no image")
@@ -512,7 +512,7 @@ def test_drawn_faces_have_the_layout_of_the_dataset(tmp_path):
     assert len(list(tmp_path.glob("*/*/*"))) == 7 * 400
 
 
-def test_drawn_faces_differ_and_follow_the_seed():
+def test_drawn_faces_differ_and_depend_on_the_seed():
     rng = np.random.default_rng(0)
     faces = {np.asarray(script.draw_face(emotion, rng)).tobytes()
              for emotion in EMOTIONS for _ in range(20)}

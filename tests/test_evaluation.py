@@ -1,4 +1,4 @@
-"""The evaluation, the plots, and what a finished run leaves."""
+"""Evaluation, plots and the files of a finished run."""
 
 import csv
 import itertools
@@ -18,9 +18,9 @@ from scipy import ndimage
 
 
 class Oracle:
-    """Stands in for a network: gives the probabilities it was made with.
+    """Replaces a network and returns given probabilities.
 
-    For images that are mirrored, so that the bright side is the right one, it gives others.
+    It may return others for mirrored images, in which the right half is bright.
     """
 
     def __init__(self, probabilities, mirrored=None):
@@ -31,7 +31,7 @@ class Oracle:
 
     def predict_on_batch(self, images):
         images = np.asarray(images)
-        for image in np.delete(images, np.s_[20:28], axis=2):  # other sizes blur the middle
+        for image in np.delete(images, np.s_[20:28], axis=2):  # zooming blurs the middle
             assert np.allclose(image.min(axis=0), image.max(axis=0), atol=0.01)
             assert image[0, :, 0].round().tolist() in ([255] * 20 + [0] * 20, [0] * 20 + [255] * 20)
         is_mirrored = images[:, 0, 0, 0] < 1
@@ -44,13 +44,13 @@ class Oracle:
 
 
 def data_with(images, labels, clean=None, emotions=EMOTIONS):
-    """Return Data of which evaluation and plots see the test images alone."""
+    """Return Data that only has test images, as evaluation and plots use no others."""
     test = script.LabelledImages(images, np.array(labels), clean)
     return script.Data(emotions, augmentation=None, training=None, validation=None, test=test)
 
 
 def evaluate(oracle, labels, clean):
-    """Evaluate an oracle on its images; return scores and probabilities."""
+    """Evaluate an oracle on its images and return the scores and probabilities."""
     return script.evaluate_model(oracle, data_with(oracle.images, labels, clean))
 
 
@@ -67,7 +67,7 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
     assert scores["accuracy"] == scores["single_image_accuracy"] == pytest.approx(4 / 6)
     assert scores["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert scores["clean_accuracy"] == pytest.approx(3 / 4) and scores["clean_images"] == 4
-    # All are 70 % sure, and so in one bin, in which 4 of 6 are right.
+    # All have a confidence of 70 %, so they share a bin, in which 4 of 6 are correct.
     assert scores["calibration_error"] == pytest.approx(0.7 - 4 / 6)
     assert scores["loss"] == pytest.approx(-(4 * np.log(0.7) + 2 * np.log(0.05)) / 6)
     assert scores["emotions"]["angry"] == pytest.approx(
@@ -78,7 +78,7 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
     expected = np.zeros((7, 7))
     expected[0, [0, 3]], expected[3, [3, 5]] = (3, 1), (1, 1)
     assert np.array_equal(scores["confusion_matrix"], expected)
-    json.dumps(scores)  # as metrics.json holds them
+    json.dumps(scores)  # as in metrics.json
     output = capsys.readouterr().out
     for words in ("Test: 6 images, 4 of them clean", "  accuracy               0.6667\n",
                   "balanced accuracy      0.6250\n", "clean accuracy         0.7500\n",
@@ -89,7 +89,7 @@ def test_evaluate_model_against_figures_worked_out_by_hand(capsys):
 
 
 def test_calibration_error_against_a_value_worked_out_by_hand():
-    """Of 15 bins: 1.79 are expected in the 14th and 1 is right, 0.94 and 1, 0.74 and 1."""
+    """In three of 15 bins: 1.79, 0.94 and 0.74 correct predictions are expected; each has one."""
     confidence = np.array([0.87, 0.92, 0.94, 0.39, 0.35])
     probabilities = np.repeat((1 - confidence[:, np.newaxis]) / 6, 7, axis=1)
     probabilities[:, 0] = confidence
@@ -99,10 +99,10 @@ def test_calibration_error_against_a_value_worked_out_by_hand():
 
 
 def test_views_are_the_image_in_three_sizes_and_at_three_heights_and_mirrored():
-    """90 images, which take more than one call of the network."""
+    """Uses 90 images, which need more than one call of the network."""
     images = np.random.default_rng(0).integers(0, 256, (90, 48, 48, 1), "uint8")
     views = []
-    for size, down in itertools.product((44, 48, 52), (-2, 0, 2)):  # seen from that much of it
+    for size, down in itertools.product((44, 48, 52), (-2, 0, 2)):  # zoom, shift
         columns = 23.5 + (np.arange(48) - 23.5) * size / 48
         places = np.meshgrid(columns + down, columns, indexing="ij")
         views.append(np.stack([
@@ -112,7 +112,7 @@ def test_views_are_the_image_in_three_sizes_and_at_three_heights_and_mirrored():
     calls = []
 
     class Network:
-        def predict_on_batch(self, seen):  # tells the views apart; what they give is of no matter
+        def predict_on_batch(self, seen):  # the output does not matter
             calls.append(np.asarray(seen))
             return np.tile(np.eye(18)[:, :7], (len(seen) // 18, 1))
 
@@ -134,7 +134,7 @@ def test_classify_faces_averages_a_real_network_over_the_views():
 
 
 def test_evaluate_model_averages_over_the_views():
-    """The first image alone is taken for disgust; with its mirror image, for angry."""
+    """The first image is classified as disgust, but as angry together with its mirror image."""
     single = np.array([[0.4, 0.6, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
     mirrored = np.array([[0.7, 0.3, 0, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0, 0]])
     oracle = Oracle(single, mirrored)
@@ -144,7 +144,7 @@ def test_evaluate_model_averages_over_the_views():
     assert scores["loss"] == pytest.approx(-(np.log(0.55) + np.log(0.9)) / 2, rel=1e-5)
 
 
-def test_evaluate_model_where_every_test_image_stands_in_train(capsys):
+def test_evaluate_model_if_every_test_image_is_also_in_train(capsys):
     oracle = Oracle(np.eye(7))
     scores, _ = evaluate(oracle, np.arange(7), np.zeros(7, bool))
     assert scores["accuracy"] == 1 and scores["loss"] == pytest.approx(0, abs=1e-5)
@@ -154,13 +154,13 @@ def test_evaluate_model_where_every_test_image_stands_in_train(capsys):
 
 # --- Plots ----------------------------------------------------------------------------------------
 def is_picture(path, shades=50):
-    """Return whether a file is a picture that is not blank, and not too small for a page."""
+    """Return whether a file is a picture that is large enough and not blank."""
     with Image.open(path) as picture:
         return min(picture.size) >= 800 and len(set(picture.convert("L").tobytes())) > shades
 
 
 def scores_with(confusion):
-    """Return what `plot_performance` takes of the scores."""
+    """Return the scores that `plot_performance` uses."""
     return {"emotions": dict.fromkeys(EMOTIONS), "confusion_matrix": confusion.tolist()}
 
 
@@ -169,8 +169,8 @@ def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, figures):
                "val_accuracy": [0.4, 0.55, 0.5], "val_loss": [1.7, 1.3, 1.35],
                "learning_rate": [0.006, 0.005, 0.002], "seconds": [9, 8, 8]}
     confusion = np.eye(7, dtype=int) * 3
-    confusion[1, 0] = 1  # one of four disgusted faces taken for angry
-    confusion[6] = 0  # nobody is surprised
+    confusion[1, 0] = 1  # one of four disgusted faces is classified as angry
+    confusion[6] = 0  # there are no surprised faces
     script.plot_performance(history, scores_with(confusion), str(tmp_path / "plots"))
     for name, figure in zip(("accuracy", "loss"), figures):
         axes = figure.axes[0]
@@ -195,9 +195,9 @@ def test_plots_show_the_history_and_the_confusion_matrix(tmp_path, figures):
 
 
 @pytest.mark.parametrize("key", ["font.family", "font.sans-serif"])
-def test_fonts_of_the_user_stand_in_for_letters_that_matplotlibs_has_not(tmp_path, key, recwarn):
-    """As Chinese users name theirs in matplotlibrc; STIX comes with Matplotlib."""
-    letter = "\u1d81"  # a letter d with a hook, which DejaVu Sans has not
+def test_the_users_fonts_are_used_for_letters_that_matplotlibs_font_lacks(tmp_path, key, recwarn):
+    """For example, Chinese fonts in matplotlibrc.  STIX is included in Matplotlib."""
+    letter = "\u1d81"  # a letter d with a hook, which DejaVu Sans lacks
     history = {"epoch": [1], letter: [0.3], "val_" + letter: [0.4], "val_accuracy": [0.4]}
     with matplotlib.rc_context({key: ["STIXGeneral"]}):
         script.plot_history(history, tmp_path)
@@ -208,7 +208,7 @@ def test_fonts_of_the_user_stand_in_for_letters_that_matplotlibs_has_not(tmp_pat
 
 
 @pytest.mark.parametrize("number", [7, 20])
-def test_shares_of_many_emotions_fit_their_cells(tmp_path, figures, number):
+def test_percentages_of_many_emotions_fit_their_cells(tmp_path, figures, number):
     emotions = [f"emotion {i}" for i in range(number)]
     scores = {"emotions": dict.fromkeys(emotions), "confusion_matrix": np.eye(number, dtype=int)}
     history = {"epoch": [1], "val_accuracy": [0.4]}
@@ -225,7 +225,7 @@ def test_shares_of_many_emotions_fit_their_cells(tmp_path, figures, number):
         assert widest < right - left and widest > (right - left) / 3
 
 
-def test_every_metric_with_a_value_on_validation_gets_its_own_picture(tmp_path, figures):
+def test_every_metric_with_validation_values_gets_its_own_plot(tmp_path, figures):
     history = {"epoch": [1, 2], "accuracy": [0.3, 0.5], "loss": [1.9, 1.4], "top_2": [0.6, 0.7],
                "val_accuracy": [0.4, 0.3], "val_loss": [1.7, 1.3], "val_top_2": [0.65, 0.8]}
     script.plot_history(history, tmp_path)
@@ -235,10 +235,10 @@ def test_every_metric_with_a_value_on_validation_gets_its_own_picture(tmp_path, 
     training, validation, best = axes.lines
     assert training.get_ydata().tolist() == history["top_2"] and "top_2" in axes.get_title()
     assert validation.get_ydata().tolist() == history["val_top_2"]
-    assert best.get_xydata().tolist() == [[1, 0.65]]  # that of the accuracy
+    assert best.get_xydata().tolist() == [[1, 0.65]]  # the epoch with the best accuracy
 
 
-def test_plot_of_a_single_epoch_has_whole_numbers_on_its_axis(tmp_path, figures):
+def test_plot_of_a_single_epoch_has_integer_ticks(tmp_path, figures):
     history = {"epoch": [1], "accuracy": [0.3], "val_accuracy": [0.4], "loss": [1.9],
                "val_loss": [1.7]}
     script.plot_history(history, tmp_path)
@@ -246,8 +246,8 @@ def test_plot_of_a_single_epoch_has_whole_numbers_on_its_axis(tmp_path, figures)
     assert all(tick == int(tick) for tick in figures[0].axes[0].get_xticks())
 
 
-def test_examples_are_the_surest_of_each_emotion_right_and_wrong(tmp_path, figures):
-    """Angry: five right, two wrong.  Disgust: nothing wrong.  Fear: no images.  Others: wrong."""
+def test_examples_are_the_most_confident_correct_and_incorrect_predictions(tmp_path, figures):
+    """Angry: 5 correct, 2 incorrect.  Disgust: correct.  Fear: no images.  Others: incorrect."""
     labels = np.repeat([0, 1, 3, 4, 5, 6], [7, 1, 1, 1, 1, 1])
     predicted = np.array([0, 0, 0, 0, 0, 3, 6, 1, 0, 0, 0, 0])
     confidence = np.array([0.5, 0.9, 0.7, 0.6, 0.8, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5])
@@ -270,13 +270,13 @@ def test_examples_are_the_surest_of_each_emotion_right_and_wrong(tmp_path, figur
 
 
 def two_convolutions(*between, second=(3, "valid")):
-    """Return a network with a first block as given, and a second convolution."""
+    """Return a network with the given layers, followed by a convolution."""
     size, padding = second
     return keras.Sequential([keras.Input((48, 48, 1)), *between,
                              keras.layers.Conv2D(2, size, padding=padding, use_bias=False)])
 
 
-RECEPTIVE_FIELDS = {  # the network, and what a place of its last convolution sees, by hand
+RECEPTIVE_FIELDS = {  # network; size, step and start of the field, by hand
     "as in create_CNN": (lambda: two_convolutions(
         keras.layers.Conv2D(2, 5, padding="same", use_bias=False),
         keras.layers.MaxPooling2D(4, strides=3, padding="same")), (14, 3, -2)),
@@ -295,8 +295,8 @@ RECEPTIVE_FIELDS = {  # the network, and what a place of its last convolution se
 
 
 @pytest.mark.parametrize("name", RECEPTIVE_FIELDS)
-def test_receptive_field_is_what_a_place_sees(name):
-    """By hand, and by lighting one pixel: with positive weights all places that see it react."""
+def test_receptive_field_is_what_a_position_sees(name):
+    """With positive weights, a bright pixel activates exactly the positions that see it."""
     make, (size, step, start) = RECEPTIVE_FIELDS[name]
     model = make()
     model.set_weights([np.full(weight.shape, 0.1) for weight in model.get_weights()])
@@ -319,7 +319,7 @@ def test_receptive_field_of_the_network():
     assert script.receptive_field(model, second) == (14, 3, -2)
 
 
-def test_first_filters_are_drawn_each_as_part_of_its_largest_weight(tmp_path, figures):
+def test_first_filters_are_scaled_by_their_largest_weight(tmp_path, figures):
     model = script.create_CNN(2)
     before = [weights.copy() for weights in model.get_weights()]
     images = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 1), "uint8")
@@ -330,12 +330,12 @@ def test_first_filters_are_drawn_each_as_part_of_its_largest_weight(tmp_path, fi
     expected = [kernel / np.abs(kernel).max() for kernel in kernels.transpose(2, 0, 1)]
     assert len(drawn) == 32 and np.allclose(drawn, expected)
     assert scale.get_ylim() == (-1, 1)
-    for now, then in zip(model.get_weights(), before):  # it looks, and changes nothing
+    for now, then in zip(model.get_weights(), before):  # plotting does not change the network
         assert np.array_equal(now, then)
 
 
-def test_second_filters_are_shown_with_what_excites_them_most(tmp_path, figures):
-    """One filter is made to look for a bright spot, which happy images have; none is surprised."""
+def test_second_filters_are_shown_with_the_images_that_activate_them_most(tmp_path, figures):
+    """One filter responds to a bright spot, which only happy images have.  None is surprised."""
     model = script.create_CNN(7)
     first, second = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
     middle = np.full((5, 5, 1, 32), 1e-9, "float32")
@@ -362,19 +362,19 @@ def test_second_filters_are_shown_with_what_excites_them_most(tmp_path, figures)
     for axes, i in zip(happy, strongest, strict=True):
         assert np.array_equal(axes.images[0].get_array().squeeze(), images[i, :, :, 0])
         frame, = axes.patches
-        lowest = np.array([frame.get_y(), frame.get_x()]) + 0.5  # the first pixel within
+        lowest = np.array([frame.get_y(), frame.get_x()]) + 0.5  # the first pixel inside
         beyond = lowest + (frame.get_height(), frame.get_width())
         assert (lowest <= spots[i]).all() and (spots[i] < beyond).all()
         assert (lowest >= 0).all() and (beyond <= 48).all()
-        # Fields of 14 pixels start at -2, 1, 4 and so on; what lies beyond the image is cut off.
+        # Receptive fields of 14 pixels start at -2, 1, 4 and so on, and are clipped to the image.
         starts = np.where(lowest == 0, beyond - 14, lowest)
         assert ((starts + 2) % 3 == 0).all()
         assert (np.minimum(starts + 14, 48) == beyond).all()
     assert is_picture(tmp_path / "filters.png")
 
 
-def test_precision_of_training_does_not_choose_the_filters_that_are_shown(tmp_path, figures):
-    """The trained network computes in float32, while Keras's policy may still be another."""
+def test_the_choice_of_filters_does_not_depend_on_the_precision(tmp_path, figures):
+    """The trained network computes in float32, but Keras's dtype policy may be another one."""
     model = script.create_CNN(7)
     images = np.random.default_rng(0).integers(0, 256, (300, 48, 48, 1), "uint8")
     data = data_with(images, np.arange(300) % 7)
@@ -395,7 +395,7 @@ def test_precision_of_training_does_not_choose_the_filters_that_are_shown(tmp_pa
      ('MaxPooling2D(4, strides=3, padding="same")', "MaxPooling2D(2)")],
     [("Conv2D(32, 5, ", "Conv2D(3, 8, "), ("Conv2D(384, 3, ", 'Conv2D(16, 5, padding="same", ')]])
 def test_filters_are_drawn_for_every_network_and_few_images(tmp_path, changes):
-    """Two emotions, one of them without an image; other numbers and sizes of filters."""
+    """There are two emotions, one without images, and other numbers and sizes of filters."""
     changed = runpy.run_path(changed_script(tmp_path, *changes))
     data = data_with(np.zeros((1, 48, 48, 1), "uint8"), [1], emotions=["a", "b"])
     changed["plot_filters"](changed["create_CNN"](2), data, str(tmp_path))
@@ -403,8 +403,8 @@ def test_filters_are_drawn_for_every_network_and_few_images(tmp_path, changes):
         assert min(picture.size) >= 500 and len(set(picture.convert("L").tobytes())) > 50
 
 
-# --- What a run leaves ----------------------------------------------------------------------------
-def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
+# --- Files of a finished run ----------------------------------------------------------------------
+def test_demo_learns_and_says_that_its_accuracy_is_not_about_real_faces(demo):
     folder, process = demo
     assert process.returncode == 0, process.stderr
     assert "says nothing about real faces" in process.stdout
@@ -415,7 +415,7 @@ def test_demo_learns_and_says_what_its_accuracy_is_worth(demo):
     assert {path.name for path in folder.iterdir()} == {"demo", "process.json"}
 
 
-def test_run_leaves_all_files_and_lists_them(demo):
+def test_run_saves_all_files_and_lists_them(demo):
     folder, process = demo
     assert {path.name for path in (folder / "demo").iterdir()} == OUTPUTS
     assert process.stdout.splitlines()[-1] == (
@@ -442,11 +442,11 @@ def test_history_has_a_row_per_epoch(demo):
                                      "loss": float(best["val_loss"])}
 
 
-def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
+def test_metrics_contain_all_settings_to_repeat_the_run(demo):
     folder, process = demo
     metrics = json.loads((folder / "demo/metrics.json").read_text())
     precision = metrics["settings"].pop("precision")
-    assert metrics["settings"] == {  # and no path of the user's
+    assert metrics["settings"] == {  # without paths, which are private
         "demo": True, "crop_faces": False, "epochs": 4, "batch_size": 128, "learning_rate": 0.006,
         "seed": 0, "weight_decay": 0.004}
     assert metrics["processor"] == script.hardware_name()
@@ -465,8 +465,8 @@ def test_metrics_say_what_it_takes_to_repeat_the_run(demo):
     assert metrics["test"]["accuracy"] == pytest.approx(np.trace(confusion) / 350)
 
 
-def test_saved_model_alone_gives_the_accuracy_of_the_best_epoch(demo, tmp_path):
-    """The file is the best epoch's network, and it takes pixels as they are."""
+def test_saved_model_has_the_accuracy_of_the_best_epoch(demo, tmp_path):
+    """The file contains the network of the best epoch.  Its input is unscaled pixels."""
     folder, _ = demo
     model = keras.models.load_model(folder / "demo/emotion_recognition_cnn.keras")
     metrics = json.loads((folder / "demo/metrics.json").read_text())

@@ -1,4 +1,4 @@
-"""Runs of the script that are interrupted, killed, short of room, resumed."""
+"""Runs of the script that are interrupted, killed or out of disk space, and then resumed."""
 
 import shutil
 import signal
@@ -14,28 +14,28 @@ from conftest import (
 
 
 def names(folder):
-    """Return the names of all that is in a folder."""
+    """Return the names of all files and folders in a folder."""
     return {path.name for path in folder.iterdir()}
 
 
 def contents(folder):
-    """Return the contents of the finished files in a folder, by their names."""
+    """Return a dict from the names of the complete files in a folder to their contents."""
     return {path.name: path.read_bytes() for path in folder.iterdir()
-            if path.is_file() and not path.name.startswith(".")}  # a killed run leaves half a file
+            if path.is_file() and not path.name.startswith(".")}  # incomplete files are hidden
 
 
 def assert_refused(process, *words):
-    """Assert that a run ended with one line that holds the words, and trained nothing."""
+    """Assert that a run ended before training with a one-line error that contains `words`."""
     assert process.returncode == 2 and "Epoch" not in process.stdout
     line = process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr and " error: " in f" {line}", process.stderr
-    assert process.stderr.count("\n") == 1 or process.stderr.startswith("usage: ")  # of argparse
+    assert process.stderr.count("\n") == 1 or process.stderr.startswith("usage: ")  # from argparse
     assert all(word in line for word in words), line
 
 
-def test_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
+def test_a_run_that_is_killed_twice_has_the_same_results_as_an_uninterrupted_one(
         killed_run, whole_run, tmp_path, run_here):
-    """It goes on from another working directory: its data/ is kept with its whole path."""
+    """It is resumed in another working directory: the checkpoint has the absolute path of data/."""
     shutil.copytree(killed_run / "output", tmp_path / "output")
     process = run_here("--resume", "--output-dir", "output", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
@@ -43,9 +43,9 @@ def test_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
     assert names(tmp_path / "output") == OUTPUTS  # nothing hidden, no unfinished/
 
 
-def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(
+def test_ctrl_c_keeps_the_finished_epochs_and_resume_continues(
         small_dataset, whole_run, tmp_path, run_here):
-    """The data moved meanwhile; the images tell that they are the same."""
+    """The data folder is renamed in between; the script recognises the images."""
     shutil.copytree(small_dataset, tmp_path / "data")
     process = start("--data-dir", "data", *RUN, cwd=tmp_path)
     wait_for_checkpoint(process, tmp_path, 1)
@@ -56,7 +56,7 @@ def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(
     unfinished = tmp_path / "output/unfinished"
     assert names(tmp_path / "output") == {"unfinished"}
 
-    # Neither a run that forgets about it nor one with other settings or images touches it.
+    # A run without --resume or with other settings or images must not change the checkpoint.
     kept = contents(unfinished)
     shutil.copytree(tmp_path / "data", tmp_path / "other")
     flat(90).save(tmp_path / "other/train/sad/Training_0.png")
@@ -77,7 +77,7 @@ def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(
 
 def test_ctrl_c_before_training_leaves_nothing(small_dataset, tmp_path, run_here, monkeypatch):
     monkeypatch.setattr(keras.utils, "Progbar", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    process = run_here("--data-dir", small_dataset, cwd=tmp_path)  # as it reads the images
+    process = run_here("--data-dir", small_dataset, cwd=tmp_path)  # while it reads the images
     assert (process.returncode, process.stderr) == (130, "interrupted\n")
     assert not list(tmp_path.iterdir())
 
@@ -94,7 +94,7 @@ def test_ctrl_c_while_the_first_checkpoint_is_written_leaves_nothing(
     assert not list((tmp_path / "output").iterdir())  # the next run is not refused
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_bars_no_other(
+def test_a_run_that_was_killed_before_its_first_checkpoint_blocks_no_other(
         small_dataset, tmp_path, run_here, monkeypatch):
     checkpoint = tmp_path / "output/unfinished/checkpoint.npz"
     checkpoint.parent.mkdir(parents=True)
@@ -105,8 +105,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_bars_no_other(
     assert kept_history(tmp_path / "output") == {"epoch": []}
 
 
-def test_of_two_runs_started_at_once_in_a_folder_one_goes_on(small_dataset, whole_run, tmp_path):
-    """The other ends with one line; and the same seed gives the same run, as ever."""
+def test_of_two_simultaneous_runs_in_a_folder_one_continues(small_dataset, whole_run, tmp_path):
+    """The other ends with a one-line error.  The results are the same as without it."""
     of_run = "--data-dir", small_dataset, *RUN
     processes = [start(*of_run, cwd=tmp_path) for _ in range(2)]
     ends = [process.communicate(timeout=280) for process in processes]
@@ -119,9 +119,9 @@ def test_of_two_runs_started_at_once_in_a_folder_one_goes_on(small_dataset, whol
     assert names(tmp_path / "output") == OUTPUTS
 
 
-def test_results_take_their_places_at_the_end_and_a_picture_that_fails_loses_nothing(
+def test_results_are_replaced_at_the_end_and_a_failing_plot_loses_nothing(
         small_dataset, whole_run, tmp_path, run_here, monkeypatch):
-    """Of two runs in a folder: those of the first stay whole until the second has its own."""
+    """The results of an earlier run in the folder stay until the new ones are complete."""
     shutil.copytree(whole_run / "output", tmp_path / "output")
     before = contents(tmp_path / "output")
     assert set(before) == OUTPUTS
@@ -136,7 +136,7 @@ def test_results_take_their_places_at_the_end_and_a_picture_that_fails_loses_not
 
     with monkeypatch.context() as patch, pytest.raises(ArithmeticError, match="a picture"):
         patch.setattr(keras.Sequential, "fit", look_and_fit)
-        patch.setattr(keras.layers, "GlobalMaxPooling2D", fail)  # which filters.png alone takes
+        patch.setattr(keras.layers, "GlobalMaxPooling2D", fail)  # only used for filters.png
         run_here("--data-dir", small_dataset, *RUN, "--seed", 1, "--epochs", 1, cwd=tmp_path)
     assert seen == [True]
     after = contents(tmp_path / "output")
@@ -149,12 +149,12 @@ def test_results_take_their_places_at_the_end_and_a_picture_that_fails_loses_not
     assert all(after[name] != before[name] for name in OUTPUTS)
     assert names(tmp_path / "output") == OUTPUTS
     epochs = read_history(tmp_path / "output")
-    assert len(epochs) == 1 and epochs[0] != read_history(whole_run / "output")[0]  # other seed
+    assert len(epochs) == 1 and epochs[0] != read_history(whole_run / "output")[0]  # another seed
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Return a function that mounts a disk of so many megabytes, and gives its folder."""
+    """Return a function that mounts a disk of a given size in megabytes and returns its folder."""
     mounted = []
 
     def mount(megabytes):
@@ -168,30 +168,30 @@ def small_disk(tmp_path):
         return folder
 
     if not shutil.which("mount"):
-        pytest.skip("there is no mount here")
+        pytest.skip("mount is not available")
     yield mount
     for folder in mounted:
         subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize(("megabytes", "epochs"), [(40, None), (120, 0)])
-def test_really_full_disk(
+def test_full_disk(
         small_dataset, small_disk, whole_run, tmp_path, run_here, megabytes, epochs):
-    """A checkpoint is of 80 MB, and the one before stays until it is whole."""
+    """A checkpoint takes 80 MB, and the previous one stays until the new one is complete."""
     disk = small_disk(megabytes)
     output = disk / "output"
-    shutil.copytree(whole_run / "output", output)  # earlier results, of 21 MB
+    shutil.copytree(whole_run / "output", output)  # earlier results: 21 MB
     before = contents(output)
     process = run_here("--data-dir", small_dataset, *RUN[:-1], output, cwd=tmp_path)
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1 and "No space left on device" in process.stderr
     assert contents(output) == before
-    if epochs is None:  # a new run may start
+    if epochs is None:  # a new run is not blocked
         assert names(output) == OUTPUTS
         return
     assert names(output / "unfinished") == {"checkpoint.npz"}
     assert len(kept_history(output)["epoch"]) == epochs
-    subprocess.run(["mount", "-o", "remount,size=400m", disk], check=True)  # with more room
+    subprocess.run(["mount", "-o", "remount,size=400m", disk], check=True)  # free some space
     process = run_here("--resume", "--output-dir", output, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert_same_run(disk, whole_run)
@@ -231,8 +231,8 @@ def test_checkpoint_of_another_network_gives_one_line(killed_run, tmp_path, run_
     assert_refused(process, "the number of parameters changed", "output/unfinished", "delete")
 
 
-def test_a_demo_goes_on_with_the_same_faces(tmp_path, run_here, monkeypatch):
-    """They are drawn anew from the same seed."""
+def test_a_demo_resumes_with_the_same_faces(tmp_path, run_here, monkeypatch):
+    """They are drawn again, with the same seed."""
     def fit(*_, **__):
         raise OSError("enough of it")
 
@@ -249,7 +249,7 @@ def test_a_demo_goes_on_with_the_same_faces(tmp_path, run_here, monkeypatch):
 
 
 def test_a_demo_that_is_stopped_early_leaves_no_faces(tmp_path, monkeypatch):
-    """While it draws or reads them; they lie in the folder for temporary files."""
+    """It is stopped while it draws or reads them; they are in a temporary folder."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     for line, folders in ("Drawing", 1), ("Reading", 2):
@@ -264,7 +264,7 @@ def test_a_demo_that_is_stopped_early_leaves_no_faces(tmp_path, monkeypatch):
         assert not list(tmp_path.glob("temporary/*")) and names(tmp_path) == {"temporary"}
 
 
-def test_a_metric_that_was_added_since_is_told(killed_run, tmp_path, run_here):
+def test_resume_notices_that_a_metric_was_added(killed_run, tmp_path, run_here):
     shutil.copytree(killed_run / "output", tmp_path / "output")
     changed = changed_script(tmp_path, (
         '                  "sparse_categorical_crossentropy", metrics=["accuracy"])',

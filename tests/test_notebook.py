@@ -1,4 +1,4 @@
-"""The notebook for Kaggle and Colab, run in a kernel of its own."""
+"""The notebook for Kaggle and Colab, executed in a kernel."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def code_cells(notebook):
 
 
 def printed(cell):
-    """Return what a cell printed."""
+    """Return the text that a cell printed."""
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
@@ -29,7 +29,7 @@ def pictures(cell):
 
 
 def test_the_notebook_is_valid_and_stored_without_outputs():
-    """Each cell of code has a text before it; the title is one more text."""
+    """The title is followed by pairs of a text cell and a code cell."""
     notebook = nbformat.read(NOTEBOOK, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert notebook.nbformat == 4 and notebook.metadata.kernelspec.name == "python3"
@@ -41,7 +41,7 @@ def test_the_notebook_is_valid_and_stored_without_outputs():
 
 def test_the_notebook_trains_shows_its_results_and_classifies_a_photo(
         small_dataset, tmp_path, monkeypatch):
-    """On drawn faces, without a network: pip finds all packages installed."""
+    """Uses drawn faces and no Internet: all packages are already installed."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = code_cells(notebook)
     for old, new in (('script = "emotion_recognition_cnn.py"', f"script = {str(SCRIPT)!r}"),
@@ -55,7 +55,7 @@ def test_the_notebook_trains_shows_its_results_and_classifies_a_photo(
     earlier.parent.mkdir(parents=True)
     earlier.write_bytes(b"not to be shown")
     os.utime(earlier, (1, 1))
-    folder = str(Path(sys.executable).parent)  # of `python`
+    folder = str(Path(sys.executable).parent)  # contains `python`
     for name, value in {"PATH": os.pathsep.join([folder, os.environ["PATH"]]), "PIP_NO_INDEX": "1",
                         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
                         "IPYTHONDIR": str(tmp_path / "ipython")}.items():
@@ -66,7 +66,7 @@ def test_the_notebook_trains_shows_its_results_and_classifies_a_photo(
     assert [cell.execution_count for cell in cells.values()] == [*range(1, len(cells) + 1)]
     assert "ERROR" not in printed(cells["install"])
     assert "Epoch 2/2" in printed(cells["train"])
-    assert "\b" not in printed(cells["train"])  # which a progress bar prints
+    assert "\b" not in printed(cells["train"])  # a progress bar would print it
     assert pictures(cells["plots"]) == ["image/png"] * 4
     metrics = json.loads((tmp_path / "output/metrics.json").read_text())
     assert printed(cells["scores"]).splitlines() == [

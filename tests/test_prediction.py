@@ -1,4 +1,4 @@
-"""Faces in photos: finding, framing, classifying and drawing them."""
+"""Finding, cropping, classifying and drawing faces in photos."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ INCLUDED = ROOT / "docs/runs/88-0" / script.NETWORK_FILE
 
 @pytest.fixture(scope="module")
 def astronaut():
-    """Return a photo (PIL image, 512x512) of a woman whose face is about (182, 64, 265, 171)."""
+    """Return a photo (PIL image, 512x512) of a woman with her face at about (182, 64, 265, 171)."""
     return Image.fromarray(skimage.data.astronaut())
 
 
@@ -38,7 +38,7 @@ def network():
 
 @pytest.fixture
 def trained(tmp_path_factory):
-    """Return an output folder with nothing but the included network."""
+    """Return an output folder that only contains the included network."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copy(INCLUDED, folder)
     return folder
@@ -46,14 +46,14 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def untrained(tmp_path_factory):
-    """Return an output folder with a small network, for what any network shows."""
+    """Return an output folder with a small network, for tests that work with any network."""
     folder = tmp_path_factory.mktemp("untrained")
     script.save_network(small_network(), EMOTIONS, folder / script.NETWORK_FILE)
     return folder
 
 
 class Detector:
-    """Stands in for MTCNN: finds faces in the boxes it was made with, whatever the photo."""
+    """Replaces MTCNN and finds faces in given boxes, in any photo."""
 
     def __init__(self, *boxes):
         self.boxes = boxes
@@ -65,7 +65,7 @@ class Detector:
 
 @pytest.fixture
 def detector(monkeypatch):
-    """Return `detector(*boxes)`, which makes the script find its faces there."""
+    """Return `detector(*boxes)`, which makes the script find faces in these boxes."""
     def detector(*boxes):
         stand_in = Detector(*boxes)
         monkeypatch.setattr(script, "face_detector", lambda: stand_in)
@@ -81,7 +81,7 @@ def sad_face(path):
 
 
 def predict(paths, output_dir, capsys, detect=True):
-    """Classify photos; return whether all could be read, the faces as dicts, and stderr."""
+    """Classify photos; return whether all could be read, a dict per face, and stderr."""
     capsys.readouterr()
     all_read = script.predict_emotions(paths, output_dir, detect, as_json=True)
     printed = capsys.readouterr()
@@ -89,10 +89,10 @@ def predict(paths, output_dir, capsys, detect=True):
 
 
 # --- From the command line ------------------------------------------------------------------------
-def test_predictions_are_those_of_the_evaluation(
+def test_predictions_match_the_evaluation(
         whole_run, small_dataset, tmp_path, monkeypatch, run_here):
     """The test images, predicted from the command line, give the accuracy of metrics.json."""
-    monkeypatch.setitem(sys.modules, "mtcnn", None)  # cannot be imported: --no-detect needs none
+    monkeypatch.setitem(sys.modules, "mtcnn", None)  # makes its import fail: not needed
     paths = sorted(small_dataset.glob("test/*/PrivateTest_*"))
     process = run_here("--predict", *paths, "--no-detect", "--json",
                        "--output-dir", whole_run / "output", cwd=tmp_path)
@@ -114,7 +114,7 @@ def test_predictions_are_those_of_the_evaluation(
 
 
 def test_photos_from_the_command_line(trained, astronaut, tmp_path):
-    """A line per face, a picture per photo; a bad photo does not stop the others."""
+    """Prints a line per face and saves a picture per photo, even if other photos are unreadable."""
     shutil.copytree(trained, tmp_path / "output")
     (tmp_path / "album/deep").mkdir(parents=True)
     pair = Image.new("RGB", (700, 300), "grey")
@@ -130,7 +130,7 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
     assert process.returncode == 2, process.stderr
     lines = process.stdout.splitlines()
     drawn = [line.removeprefix("  picture: ") for line in lines if "face" not in line]
-    assert len(set(drawn)) == 2  # both are of a photo with the name pair
+    assert len(set(drawn)) == 2  # although both photos are called "pair"
     rows = [line for line in lines if "face" in line]
     for row, face in zip(rows, ["2/5 album/deep/pair.jpg, face 1: ", "3/5 album/pair.png, face 1: ",
                                 "3/5 album/pair.png, face 2: "], strict=True):
@@ -140,7 +140,7 @@ def test_photos_from_the_command_line(trained, astronaut, tmp_path):
         assert sum(shares.values()) == pytest.approx(100, abs=0.5)
         surest = max(shares, key=shares.get)
         assert row.startswith(f"{face}{surest} {shares[surest]}%  (")
-    passed_over, cut, wall, gone = process.stderr.splitlines()  # and nothing of TensorFlow's
+    passed_over, cut, wall, gone = process.stderr.splitlines()  # nothing from TensorFlow
     assert passed_over.startswith("album: skipped 1 of 3 files") and passed_over.endswith("(.txt)")
     assert cut.startswith("error: cut.png cannot be read as an image: ")
     assert wall.startswith("wall.png: no face") and "--no-detect" in wall
@@ -172,7 +172,7 @@ def test_ctrl_c_keeps_the_photos_that_are_done(untrained, tmp_path, monkeypatch,
     assert all(Image.open(file).load() for file in pictures)
 
 
-def test_json_draws_nothing(untrained, tmp_path, capsys):
+def test_json_saves_no_pictures(untrained, tmp_path, capsys):
     _, (face,), _ = predict([sad_face(tmp_path / "face.png")], untrained, capsys)
     assert list(face) == ["file", "face", "box", "emotion", "confidence", "probabilities"]
     assert not (untrained / "predictions").exists()
@@ -180,7 +180,7 @@ def test_json_draws_nothing(untrained, tmp_path, capsys):
 
 # --- From Python ----------------------------------------------------------------------------------
 def test_a_photo_from_python_gives_what_json_prints(network, trained, astronaut, tmp_path, capsys):
-    """For a path, as a text too, a PIL image and an array; with and without detection."""
+    """For a path, a string, a PIL image and an array, with and without detection."""
     path = tmp_path / "photo.png"
     astronaut.save(path)
     for detect in True, False:
@@ -196,7 +196,7 @@ def test_a_photo_from_python_gives_what_json_prints(network, trained, astronaut,
             assert len(script.classify_photo(file, *network)) == 1
 
 
-def test_arrays_as_keras_numpy_and_load_data_give_them(network, astronaut):
+def test_arrays_from_keras_numpy_and_load_data(network, astronaut):
     grey, colours = np.asarray(astronaut.convert("L")), keras.utils.img_to_array(astronaut)
     assert colours.dtype == "float32" and colours.max() == 255
     expected, = script.classify_photo(astronaut, *network)
@@ -211,7 +211,7 @@ def test_arrays_as_keras_numpy_and_load_data_give_them(network, astronaut):
     assert len(script.classify_photo(of_load_data.astype("float32"), *network)) == 1
 
 
-def test_what_is_no_photo_is_told_from_python(network, tmp_path):
+def test_an_input_that_is_not_a_photo_is_an_error(network, tmp_path):
     (tmp_path / "x.png").write_text("no photo")
     for photo in tmp_path / "gone.png", tmp_path / "x.png":
         with pytest.raises(script.InputError, match=f"^{photo} cannot be read"):
@@ -227,15 +227,15 @@ def test_what_is_no_photo_is_told_from_python(network, tmp_path):
     np.full((60, 60), np.nan), np.zeros((60, 60), "int64"), np.zeros((60, 60, 4), "uint8"),
     np.zeros((1, 60, 60, 1), "uint8"), np.zeros(60, "uint8"), np.zeros((60, 60, 2), "uint8")],
     ids=lambda array: f"{array.dtype} {array.shape} {array.max()}")
-def test_other_arrays_are_told_what_they_are(network, array):
+def test_the_error_for_other_arrays_describes_them(network, array):
     with pytest.raises(script.InputError, match="^this ndarray cannot be read as an image: an "
                        f"array must be .*; this one is {array.dtype}, {array.shape[0]}"):
         script.classify_photo(array, *network)
 
 
-def test_two_first_photos_in_two_threads_load_one_detector_and_leave_stderr_alone(
+def test_two_threads_load_one_detector_and_do_not_change_stderr(
         network, astronaut, monkeypatch):
-    """As in a web service, where a second photo comes while the detector is loaded."""
+    """Like a web service that receives a second photo while it loads the detector."""
     import mtcnn
     detectors, MTCNN, both_wait = [], mtcnn.MTCNN, threading.Barrier(2)
 
@@ -260,7 +260,7 @@ def test_two_first_photos_in_two_threads_load_one_detector_and_leave_stderr_alon
 
 def test_packages_that_a_photo_does_not_need_may_be_missing(
         untrained, astronaut, tmp_path, monkeypatch):
-    """One line tells what is missing for the others, and how to install it."""
+    """For other photos, one line says which package is missing and how to install it."""
     (tmp_path / "missing").mkdir()
     for package in "mtcnn", "pi_heif", "scipy", "kagglehub":
         (tmp_path / f"missing/{package}.py").write_text("raise ImportError('not installed')")
@@ -277,22 +277,22 @@ def test_packages_that_a_photo_does_not_need_may_be_missing(
 
     process = run(*photos[:1], *photos[2:], cwd=tmp_path)
     assert process.returncode == 2
-    assert json.loads(process.stdout)["file"] == "2.png"  # a face already
+    assert json.loads(process.stdout)["file"] == "2.png"  # needs no detection
     assert process.stderr == ("error: finding faces needs the package mtcnn (not installed). "
                               "Install it with pip install mtcnn\n")
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_prediction_computes_in_float32_whatever_the_policy(
+def test_prediction_computes_in_float32_with_any_policy(
         policy, trained, astronaut, tmp_path, capsys):
-    """With the detector not yet loaded; the policy is left as it was found."""
+    """The detector is not loaded yet.  The policy must not change."""
     astronaut.save(tmp_path / "photo.png")
     _, (expected,), _ = predict([tmp_path], trained, capsys)
     script.face_detector.cache_clear()
     keras.config.set_dtype_policy(policy)
     try:
         all_well, (face,), errors = predict([tmp_path], trained, capsys)
-        assert script.predict_emotions([tmp_path], trained)  # the picture, too
+        assert script.predict_emotions([tmp_path], trained)  # the picture as well
         assert keras.config.dtype_policy().name == policy
     finally:
         keras.config.set_dtype_policy("float32")
@@ -302,12 +302,12 @@ def test_prediction_computes_in_float32_whatever_the_policy(
 
 
 # --- Reading photos -------------------------------------------------------------------------------
-def test_a_photo_is_read_as_a_person_sees_it(trained, astronaut, tmp_path, capsys):
-    """HEIC, as iPhones write it, is upright, or turned within the file or by its Exif data."""
+def test_photos_are_read_upright_in_all_formats(trained, astronaut, tmp_path, capsys):
+    """Copies of a photo, also as HEIC or rotated by Exif data, give nearly the same prediction."""
     photo = astronaut.crop((100, 0, 350, 250))
     turned = photo.transpose(Image.Transpose.ROTATE_90)
     sideways = Image.Exif()
-    sideways[274] = 6  # turn by 90 degrees clockwise to look at it
+    sideways[274] = 6  # viewers rotate it by 90 degrees clockwise
     for name, image, options in [
             ("upright.png", photo, {}), ("grey.png", photo.convert("L"), {}),
             ("sideways.png", turned, {"exif": sideways}),
@@ -322,7 +322,7 @@ def test_a_photo_is_read_as_a_person_sees_it(trained, astronaut, tmp_path, capsy
     upright = faces[-1]
     assert upright["file"].endswith("upright.png")
     for face in faces:
-        # The square around the face is 1.25 times as wide as MTCNN's box, 83 pixels.
+        # The square around the face is 1.25 times as wide as MTCNN's box (83 pixels).
         assert np.abs(np.subtract(face["box"], (72, 66, 176, 170))).max() <= 12, face
         assert np.abs(np.subtract(list(face["probabilities"].values()),
                                   list(upright["probabilities"].values()))).max() < 0.2, face
@@ -340,8 +340,8 @@ def test_narrow_photos_do_not_stop_the_others(untrained, tmp_path, capsys):
         assert errors.count("no face found") == (5 if detect else 0)
 
 
-def test_a_folder_is_searched_for_all_that_pillow_opens(untrained, tmp_path, capsys):
-    """What is hidden is left out; what is no photo by its ending is counted in one line."""
+def test_a_folder_is_searched_for_all_formats_that_pillow_opens(untrained, tmp_path, capsys):
+    """Hidden files are ignored.  One line counts the files whose extension is not an image's."""
     album = tmp_path / "album"
     (album / "deep/deeper").mkdir(parents=True)
     photos = "b.JPEG", "c.jfif", "d.ppm", "deep/a.jpg", "deep/deeper/e.png", "f.tga", "g.webp"
@@ -350,7 +350,7 @@ def test_a_folder_is_searched_for_all_that_pillow_opens(untrained, tmp_path, cap
     pillow_heif.from_pillow(Image.new("RGB", (64, 64), "grey")).save(album / "h.heic")
     for no_photo in "clip.mp4", "notes.txt", "deep/more.txt":
         (album / no_photo).write_text("no photo")
-    (album / "deep/back").symlink_to(album)  # in a circle
+    (album / "deep/back").symlink_to(album)  # a cycle
     (album / ".hidden").mkdir()
     for hidden in ".hidden/face.png", "._b.jpg":
         sad_face(album / hidden)
@@ -363,7 +363,7 @@ def test_a_folder_is_searched_for_all_that_pillow_opens(untrained, tmp_path, cap
         assert errors.endswith("(.mp4, .txt)\n") and errors.count("\n") == 1
 
 
-def test_a_folder_without_photos_is_told_so(untrained, tmp_path, capsys):
+def test_a_folder_without_photos_is_an_error(untrained, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     paths = tmp_path / "empty", sad_face(tmp_path / "face.png")
     all_well, faces, errors = predict(paths, untrained, capsys, detect=False)
@@ -373,9 +373,9 @@ def test_a_folder_without_photos_is_told_so(untrained, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_pictures_of_the_script_are_not_taken_for_photos(
+def test_the_scripts_pictures_are_not_treated_as_photos(
         untrained, tmp_path, monkeypatch, capsys):
-    """Predicting a folder again and again, with the pictures in it, gives the same faces."""
+    """Repeated predictions for a folder that contains the pictures give the same faces."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(untrained, "output")
     sad_face("loss.png")
@@ -388,7 +388,7 @@ def test_pictures_of_the_script_are_not_taken_for_photos(
 
 
 def test_pictures_never_overwrite_a_photo(untrained, capsys):
-    """A photo may lie where the pictures go, and have a name that is as long as can be."""
+    """Photos may be in the folder of the pictures, and may have very long names."""
     (untrained / "predictions").mkdir()
     photos = [sad_face(untrained / "predictions" / name)
               for name in ("face.jpg", "n" * 240 + ".png")]
@@ -400,8 +400,8 @@ def test_pictures_never_overwrite_a_photo(untrained, capsys):
     assert f"picture: {pictures[0]}\n" in capsys.readouterr().out
 
 
-def test_pictures_are_named_by_the_paths_of_their_photos(untrained, tmp_path, monkeypatch, capsys):
-    """Two calls with some of the same photos leave one picture a photo, in any order."""
+def test_pictures_are_named_after_their_photos(untrained, tmp_path, monkeypatch, capsys):
+    """Two calls that share some photos save one picture per photo, in any order."""
     for folder in "a", "b":
         (tmp_path / folder).mkdir()
         sad_face(tmp_path / folder / "face.png")
@@ -426,7 +426,7 @@ def test_a_picture_that_cannot_be_written_loses_no_photo(untrained, tmp_path, ca
 
 
 def test_a_pattern_that_names_no_file_is_expanded(untrained, tmp_path, monkeypatch, capsys):
-    """As the shell of Windows leaves it to the program."""
+    """On Windows, the shell does not expand patterns."""
     monkeypatch.chdir(tmp_path)
     for name in "a.png", "b.png", "[c].png":
         sad_face(name)
@@ -438,7 +438,7 @@ def test_a_pattern_that_names_no_file_is_expanded(untrained, tmp_path, monkeypat
 
 
 # --- Finding and framing faces --------------------------------------------------------------------
-def test_what_already_is_a_face_is_classified_as_it_is(trained, astronaut, tmp_path, capsys):
+def test_a_cropped_face_is_classified_as_it_is(trained, astronaut, tmp_path, capsys):
     crop = astronaut.crop((170, 64, 274, 168))
     for size in 48, 64, 200:
         crop.resize((size, size), Image.Resampling.LANCZOS).save(tmp_path / f"{size:03}.png")
@@ -451,8 +451,8 @@ def test_what_already_is_a_face_is_classified_as_it_is(trained, astronaut, tmp_p
     assert face["box"] == [0, 0, 512, 512]
 
 
-def test_faces_are_framed_as_those_of_the_dataset(detector):
-    """A square around the middle of MTCNN's box, 1.25 times as wide; in a photo of any size."""
+def test_faces_are_framed_as_in_the_dataset(detector):
+    """The crop is a square around the centre of MTCNN's box, 1.25 times as wide."""
     asked = detector([60, 20, 40, 52], [10, 20, 40, 52])
     boxes = script.find_faces(Image.new("RGB", (600, 100)))
     assert boxes == [(5, 21, 55, 71), (55, 21, 105, 71)]  # from left to right
@@ -460,7 +460,7 @@ def test_faces_are_framed_as_those_of_the_dataset(detector):
     for size, searched in ((6400, 4800), (960, 1280, 3)), ((12800, 2400), (480, 2560, 3)):
         asked = detector([10, 20, 40, 52])
         assert script.find_faces(Image.new("RGB", size)) == [(25, 105, 275, 355)]
-        assert asked.shape == searched  # a fifth of the photo, and as many pixels of each shape
+        assert asked.shape == searched  # a fifth of the size; the same area
     detector([25, 10, 60, 80])
     assert script.find_faces(Image.new("RGB", (100, 100))) == [(0, 0, 100, 100)]
     assert script.find_faces(Image.new("RGB", (130, 100))) == [(18, 12, 92, 88)]
@@ -468,14 +468,14 @@ def test_faces_are_framed_as_those_of_the_dataset(detector):
     detector()
     assert script.find_faces(Image.new("RGB", (100, 100))) == []
     assert script.find_faces(Image.new("RGB", (64, 65))) == []
-    assert script.find_faces(Image.new("RGB", (64, 64))) == [(0, 0, 64, 64)]  # too little to detect
+    assert script.find_faces(Image.new("RGB", (64, 64))) == [(0, 0, 64, 64)]  # too small to detect
 
 
 def test_a_small_face_in_a_panorama_is_found(astronaut):
-    """As README says: from 20 pixels on in a photo of 1.2 megapixels, here 63."""
+    """In a photo of 1.2 megapixels, faces must be at least 20 pixels wide; here, 63 pixels."""
     panorama = Image.new("RGB", (8000, 1500), "grey")
     panorama.paste(astronaut.crop((70, 0, 370, 300)).resize((280, 280)), (5000, 600))
-    (left, top, right, bottom), = script.find_faces(panorama)  # MTCNN's box is of 77 pixels
+    (left, top, right, bottom), = script.find_faces(panorama)  # MTCNN's box: 77 pixels
     assert 5080 < left < right < 5230 and 630 < top < bottom < 790
 
 
@@ -491,7 +491,7 @@ def test_a_face_beyond_the_edge_of_the_photo_repeats_the_edge():
 
 # --- The picture of a prediction ------------------------------------------------------------------
 def faces_in(boxes, shares=None):
-    """Return faces as `classify_photo` does, in given boxes: surprised, if nothing else is said."""
+    """Return faces in given boxes, like `classify_photo`; without `shares`, all are surprised."""
     shares = np.eye(7)[[6] * len(boxes)] if shares is None else shares
     return [{"face": number, "box": box, "emotion": EMOTIONS[row.argmax()],
              "confidence": row.max(), "probabilities": dict(zip(EMOTIONS, row.tolist()))}
@@ -504,10 +504,10 @@ def frames_in(scene):
              frame.get_y() + frame.get_height()) for frame in scene.patches]
 
 
-def test_picture_frames_the_faces_and_shows_what_they_were_taken_for(
+def test_picture_frames_the_faces_and_shows_their_predictions(
         tmp_path, monkeypatch, figures):
     shares = np.array([[0.5, 0, 0.3, 0, 0.2, 0, 0], [0, 0, 0, 1.0, 0, 0, 0]])
-    boxes = [(0, 0, 80, 80), (280, 40, 340, 100)]  # one in the corner, one beyond the edge
+    boxes = [(0, 0, 80, 80), (280, 40, 340, 100)]  # in a corner; beyond the edge
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 300, 3), "uint8"))
     heat_maps, asked = [np.full((48, 48), -0.1), np.full((48, 48), 0.001)], []
     heat_maps[0][30:40, 10:20] = 0.2
@@ -535,21 +535,21 @@ def test_picture_frames_the_faces_and_shows_what_they_were_taken_for(
         assert np.array_equal(axes.images[0].get_array(), crop)
     for (face, label), crop, expected in zip(asked, crops, (0, 3), strict=True):
         assert np.array_equal(face, crop) and label == expected
-    figure.draw_without_rendering()  # what makes colours of the numbers
+    figure.draw_without_rendering()  # converts the numbers to colours
     strong, weak = (axes.images[1].to_rgba(axes.images[1].get_array())[:, :, 3]
                     for axes in (marked_1, marked_2))
     assert np.array_equal(strong > 0, heat_maps[0] > 0) and strong.max() > 0.7
-    assert weak.max() < 0.1  # a fall by less than a hundredth is none
+    assert weak.max() < 0.1  # drops of less than a percentage point are faint
     with Image.open(tmp_path / "made/x.jpg") as picture:
         assert min(picture.size) >= 480
 
 
 def assert_rows_can_be_read(figure, number):
-    """Assert that so many faces stand one below another, each beside its probabilities."""
+    """Assert that a figure has `number` rows: a readable face next to its probabilities."""
     crops, table = figure.axes[1:-1], figure.axes[-1]
     assert len(crops) == 2 * number
     inches = [axes.get_window_extent().height / figure.dpi for axes in crops]
-    assert min(inches) * 100 >= 48  # saved with 100 dots an inch: no crop is smaller than it is
+    assert min(inches) * 100 >= 48  # at 100 dpi, no crop is scaled down
     middles = [axes.get_window_extent().y0 + axes.get_window_extent().height / 2
                for axes in crops[::2]]
     assert middles == sorted(middles, reverse=True)
@@ -557,14 +557,14 @@ def assert_rows_can_be_read(figure, number):
     assert np.abs(np.subtract(middles, of_rows)).max() < 10
 
 
-def test_twelve_faces_are_drawn_as_rows_that_can_be_read(tmp_path, figures):
+def test_twelve_faces_are_drawn_in_readable_rows(tmp_path, figures):
     boxes = [(left, 50, left + 40, 90) for left in range(0, 600, 50)]
     photo = Image.new("RGB", (900, 400))
     script.draw_photo(photo, faces_in(boxes), small_network(), tmp_path / "x.jpg")
     assert_rows_can_be_read(figures[0], 12)
 
 
-def test_of_a_crowd_all_faces_are_framed_and_printed_and_twenty_are_told_in_rows(
+def test_in_a_crowd_all_faces_are_framed_and_printed_and_twenty_have_rows(
         untrained, detector, tmp_path, figures, capsys):
     detector(*[(left + 5, top + 5, 40, 40) for left in range(0, 500, 100)
                for top in range(0, 500, 100)])
@@ -584,8 +584,8 @@ def test_of_a_crowd_all_faces_are_framed_and_printed_and_twenty_are_told_in_rows
 
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="memory is measured by Unix")
-def test_a_crowd_takes_little_memory(astronaut, tmp_path):
-    """Of 256 faces: compared in pairs, what might be a face took 2.2 GB."""
+def test_a_crowd_needs_little_memory(astronaut, tmp_path):
+    """256 faces: comparing all pairs of candidate boxes took 2.2 GB."""
     face = astronaut.crop((150, 30, 300, 180)).resize((80, 80))
     crowd = Image.new("RGB", (1280, 1280))
     for number in range(256):
@@ -598,8 +598,8 @@ def test_a_crowd_takes_little_memory(astronaut, tmp_path):
     assert usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) < 1.5e9
 
 
-def test_of_boxes_that_overlap_the_strongest_stays():
-    """Like MTCNN's own, but that a box that went takes no others with it."""
+def test_of_overlapping_boxes_the_strongest_is_kept():
+    """Like MTCNN's own function, but a box that was removed does not remove others."""
     boxes = np.array([[0, 40, 0, 60, 20, 0.7], [0, 0, 0, 20, 20, 0.9], [0, 3, 0, 23, 20, 0.8],
                       [0, 6, 0, 26, 20, 0.6], [0, 100, 0, 120, 20, 0.95]])
     kept = script.strongest_boxes(boxes, 0.6, method="union")
@@ -608,7 +608,7 @@ def test_of_boxes_that_overlap_the_strongest_stays():
 
 
 @pytest.mark.parametrize("count", [0, 1, 64, 65, 200])
-def test_a_network_in_parts_computes_the_same(count):
+def test_processing_in_chunks_gives_the_same_results(count):
     sizes = []
 
     def network(images):
@@ -621,14 +621,14 @@ def test_a_network_in_parts_computes_the_same(count):
     assert max(sizes) <= 64
 
 
-def test_picture_of_a_photo_that_is_all_face_has_no_frame(tmp_path, figures):
+def test_picture_of_a_photo_that_is_a_single_face_has_no_frame(tmp_path, figures):
     photo = Image.new("RGB", (100, 100))
     script.draw_photo(photo, faces_in([(0, 0, 100, 100)]), small_network(), tmp_path / "x.jpg")
     scene = figures[0].axes[0]
     assert not scene.patches and not scene.lines and not scene.texts
 
 
-def test_face_that_is_shown_is_the_one_that_was_classified(
+def test_the_classified_face_is_shown(
         trained, astronaut, tmp_path, monkeypatch, figures):
     astronaut.save(tmp_path / "photo.png")
     classified, classify_faces = [], script.classify_faces
@@ -645,13 +645,13 @@ def test_face_that_is_shown_is_the_one_that_was_classified(
         assert np.array_equal(axes.images[0].get_array(), images[0, :, :, 0])
 
 
-def test_heat_map_is_zero_where_nothing_can_matter(network):
+def test_heat_map_of_a_uniform_image_is_zero(network):
     flat_face = np.full((48, 48), 90, "uint8")
     assert np.abs(script.occlusion_map(network[0], flat_face, 0)).max() < 1e-5
 
 
-def test_heat_map_lies_on_the_face_and_moves_with_it(network):
-    """A small drawn face on its own mean grey: covering the grey changes nothing."""
+def test_heat_map_marks_the_face_and_moves_with_it(network):
+    """A small drawn face on a background of its mean grey, where covering changes nothing."""
     model, _ = network
     face = script.draw_face("happy", np.random.default_rng(0)).resize((24, 24))
     pixels = np.asarray(face).astype("float32")
@@ -662,7 +662,7 @@ def test_heat_map_lies_on_the_face_and_moves_with_it(network):
         label = model.predict(image[np.newaxis, :, :, np.newaxis], verbose=0).argmax()
         heat_map = script.occlusion_map(model, image, label)
         assert heat_map.shape == (48, 48) and heat_map.max() > 0.01
-        reached = np.zeros((48, 48), bool)  # by a square that touches the face, 8 pixels wide
+        reached = np.zeros((48, 48), bool)  # where a square of 8 pixels can touch the face
         reached[max(top - 7, 0):top + 31, max(left - 7, 0):left + 31] = True
         assert np.abs(heat_map[~reached]).max() < 1e-4
         strong = np.clip(heat_map, 0, None)
@@ -670,14 +670,14 @@ def test_heat_map_lies_on_the_face_and_moves_with_it(network):
                                 (strong.sum(axis=0) * range(48)).sum()]) / strong.sum()
         assert top < row < top + 24 and left < column < left + 24
         middles.append((row, column))
-    first, to_the_right, down = middles  # each by 16 pixels
+    first, to_the_right, down = middles  # by 16 pixels each
     assert to_the_right[1] - first[1] > 8 and down[0] - first[0] > 8
 
 
 # --- The network ----------------------------------------------------------------------------------
-def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
+def test_without_a_trained_network_the_included_one_predicts(
         untrained, tmp_path, monkeypatch, capsys):
-    """Pictures go to the output folder; a network of one's own in it comes first."""
+    """Pictures are saved in the output folder.  The user's network there takes precedence."""
     face = sad_face(tmp_path / "face.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "__file__", str(tmp_path / "project/script.py"))
@@ -700,9 +700,9 @@ def test_where_nothing_was_trained_yet_the_network_of_docs_predicts(
     assert predict([face], "output", capsys, detect=False) == (True, [found], "")
 
 
-def test_network_in_docs_knows_a_happy_face_and_is_the_one_of_its_figures(
+def test_included_network_recognises_a_happy_face_and_matches_its_metrics(
         network, astronaut, tmp_path, run_here):
-    """Without FER-2013: its figures agree with the file, its epochs and with one another."""
+    """Without FER-2013, checks that its files in docs/runs are consistent."""
     model, _ = network
     astronaut.save(tmp_path / "astronaut.png")
     assert list(ROOT.glob(f"docs/runs/*/{script.NETWORK_FILE}")) == [INCLUDED]
@@ -730,7 +730,7 @@ def test_network_in_docs_knows_a_happy_face_and_is_the_one_of_its_figures(
 
 
 @pytest.mark.documents
-def test_network_in_docs_is_the_network_of_the_script(network):
+def test_included_network_has_the_architecture_of_the_script(network):
     model, emotions = network
     assert emotions == EMOTIONS
     assert [(type(layer), layer.output.shape) for layer in model.layers] == [
@@ -740,13 +740,13 @@ def test_network_in_docs_is_the_network_of_the_script(network):
 
 
 def test_network_gives_the_same_probabilities_in_every_format(network, tmp_path):
-    """Keras's two formats, and that of TensorFlow for phones."""
+    """Keras's two formats and TensorFlow Lite."""
     model, _ = network
     rng = np.random.default_rng(0)
     faces = np.stack([np.asarray(script.draw_face(emotion, rng), "float32")
                       for emotion in EMOTIONS])[..., np.newaxis]
     expected = model.predict_on_batch(faces)
-    assert expected.std(axis=0).max() > 0.1  # the faces are told apart
+    assert expected.std(axis=0).max() > 0.1  # the predictions differ between the faces
     for ending in "keras", "h5":
         model.save(tmp_path / f"network.{ending}")
         loaded = keras.models.load_model(tmp_path / f"network.{ending}")
@@ -763,17 +763,17 @@ def test_network_gives_the_same_probabilities_in_every_format(network, tmp_path)
 
 
 def network_without_names(path):
-    """Save a network that does not say what its outputs mean."""
+    """Save a network without the names of its outputs."""
     small_network().save(path)
 
 
 def network_of_other_emotions(path):
-    """Save a network with the names of one emotion too few."""
+    """Save a network with a name missing for one of its outputs."""
     script.save_network(small_network(), EMOTIONS[1:], path)
 
 
 def network_of_another_keras(path):
-    """Save a network whose layers take an argument that they have not here."""
+    """Save a network with a layer argument that this version of Keras does not have."""
     script.save_network(small_network(), EMOTIONS, path)
     with zipfile.ZipFile(path) as file:
         members = {name: file.read(name) for name in file.namelist()}
@@ -791,8 +791,8 @@ def network_of_another_keras(path):
     (foreign_model, ["network of this script"]),
     (network_without_names, ["network of this script", "emotions.json"]),
     (network_of_other_emotions, ["network of this script"])])
-def test_without_a_network_that_fits_there_is_one_line(tmp_path, monkeypatch, damage, words):
-    monkeypatch.setattr(script, "__file__", str(tmp_path / "script.py"))  # none is included
+def test_an_unusable_network_gets_one_line(tmp_path, monkeypatch, damage, words):
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "script.py"))  # no included network
     if damage:
         damage(tmp_path / script.NETWORK_FILE)
     with pytest.raises(script.InputError) as raised:

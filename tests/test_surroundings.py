@@ -1,4 +1,4 @@
-"""Where the script runs: machines with settings of their own, a pipe, a notebook, a thread."""
+"""The script in different environments: user settings, a pipe, a notebook, a thread."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from conftest import (
 
 @pytest.fixture
 def odd_settings(tmp_path, monkeypatch):
-    """Make settings of Keras and Matplotlib that nobody would train a network with."""
+    """Configure Keras and Matplotlib with settings that would break training or plots."""
     (tmp_path / "keras").mkdir()
     (tmp_path / "keras/keras.json").write_text(json.dumps({
         "image_data_format": "channels_first", "floatx": "float16", "epsilon": 0.1,
@@ -33,16 +33,16 @@ def odd_settings(tmp_path, monkeypatch):
         "text.usetex: True\nfont.size: 40\n")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("KERAS_MAX_EPOCHS", "1")
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")  # it gives other digits
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")  # changes the last digits
     monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
-    # Jupyter's, whose package the Python of this process may have and this one has not.
+    # Jupyter sets such a backend; another Python installation may not have its package.
     monkeypatch.setenv("MPLBACKEND", "module://no_such_package.backend_inline")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs links and signals")
-def test_a_run_is_the_same_through_a_link_in_the_background_and_with_settings_of_the_users_own(
+def test_a_run_is_the_same_through_a_link_in_the_background_and_with_user_settings(
         odd_settings, small_dataset, whole_run, tmp_path):
-    """As `nohup ./link.py &` in a terminal, where Ctrl-C is pressed for another program."""
+    """Like `nohup ./link.py &` in a terminal where the user then presses Ctrl-C."""
     (tmp_path / "link.py").symlink_to(SCRIPT)
     process = start("--data-dir", small_dataset, *RUN, cwd=tmp_path, program="link.py",
                     at_ctrl_c=signal.SIG_IGN)
@@ -58,8 +58,8 @@ def test_a_run_is_the_same_through_a_link_in_the_background_and_with_settings_of
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
-def test_output_cut_short_ends_the_script_without_a_word(odd_settings, tmp_path):
-    """`script --predict ... | head -1` through a link: the included network is found."""
+def test_a_closed_pipe_ends_the_script_without_a_message(odd_settings, tmp_path):
+    """`link.py --predict ... | head -1`: the script finds the included network through a link."""
     (tmp_path / "link.py").symlink_to(SCRIPT)
     for number in range(3):
         script.draw_face("happy", np.random.default_rng(0)).save(tmp_path / f"{number}.png")
@@ -74,8 +74,8 @@ def test_output_cut_short_ends_the_script_without_a_word(odd_settings, tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a signal")
-def test_training_whose_reader_has_gone_ends_and_keeps_its_epochs(small_dataset, tmp_path):
-    """`script | tee log`, and tee is stopped."""
+def test_a_closed_pipe_ends_the_training_and_keeps_the_finished_epochs(small_dataset, tmp_path):
+    """`script | tee log`, where tee is stopped."""
     process = start("--data-dir", small_dataset, *RUN, "--epochs", 50, cwd=tmp_path)
     wait_for_checkpoint(process, tmp_path, 1)
     process.stdout.close()
@@ -94,8 +94,8 @@ def test_ctrl_c_while_tensorflow_is_imported_prints_no_traceback(tmp_path, monke
     assert (process.returncode, errors) == (-signal.SIGINT, "")
 
 
-def test_an_import_that_fails_is_told(tmp_path, monkeypatch):
-    """While TensorFlow is imported, stderr leads nowhere."""
+def test_a_failed_import_is_reported(tmp_path, monkeypatch):
+    """The script discards stderr while it imports TensorFlow, but not the traceback."""
     (tmp_path / "keras.py").write_text("raise ImportError('no such processor')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     process = start("--demo", cwd=tmp_path)
@@ -103,11 +103,11 @@ def test_an_import_that_fails_is_told(tmp_path, monkeypatch):
     assert process.returncode == 1 and errors.endswith("ImportError: no such processor\n")
 
 
-def test_run_in_a_notebook_leaves_its_settings_alone(tmp_path, monkeypatch, capfd):
-    """`%run` gives the script the name of a program, in a process that is not its own."""
+def test_run_in_a_notebook_keeps_its_settings(tmp_path, monkeypatch, capfd):
+    """With `%run`, the script is `__main__` in the process of the notebook."""
     monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    monkeypatch.setattr(sys, "stdout", io.StringIO())  # not reconfigured, as a notebook's cannot be
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # cannot be reconfigured, as in a notebook
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", "--output-dir", str(tmp_path)])
     handler, filters = signal.getsignal(signal.SIGINT), list(warnings.filters)
     with pytest.raises(SystemExit) as end:
@@ -118,23 +118,23 @@ def test_run_in_a_notebook_leaves_its_settings_alone(tmp_path, monkeypatch, capf
 
 
 def test_a_gpu_is_shared_with_other_programs():
-    """Such as the kernel of the notebook in which the script is run."""
+    """For example, with the kernel of a notebook that runs the script."""
     assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
 
 
 def code_of_readme(word):
-    """Return the first block of Python in the README that holds a word."""
+    """Return the first block of Python code in the README that contains `word`."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     return next(block for block in blocks if word in block)
 
 
-def test_python_of_the_readme_gives_what_the_command_line_gives(
+def test_the_readmes_python_code_gives_the_same_results_as_the_command_line(
         small_dataset, whole_run, tmp_path, monkeypatch, capfd):
-    """And again in a thread with other images: nothing of the first is left."""
+    """A second training in a thread with other images is independent of the first."""
     create_CNN, train_model = script.create_CNN, script.train_model
     monkeypatch.setattr(script, "create_CNN", lambda classes: create_CNN(classes, epochs=2))
     monkeypatch.setattr(script, "train_model", lambda model, data: train_model(
-        model, data, epochs=2, batch_size=16))  # as in the run from the command line
+        model, data, epochs=2, batch_size=16))  # as in whole_run
     code = code_of_readme("train_model(")
 
     def run_code(folder):
@@ -175,7 +175,7 @@ def test_python_of_the_readme_gives_what_the_command_line_gives(
 
 
 def test_keras_alone_predicts_what_the_script_predicts_in_one_view(tmp_path, monkeypatch, capsys):
-    """From the pixels of the image, without any preparation of them."""
+    """The input is the pixels of the image, without preprocessing."""
     rng = np.random.default_rng(0)
     face = script.Image.fromarray(rng.integers(0, 256, (90, 70, 3), "uint8"))
     face.save(tmp_path / "face.jpg")
@@ -183,7 +183,7 @@ def test_keras_alone_predicts_what_the_script_predicts_in_one_view(tmp_path, mon
 
     def classify_and_tell(model, images):
         views.append(images)
-        return model.predict(images, verbose=0)  # of a single view
+        return model.predict(images, verbose=0)  # a single view
 
     monkeypatch.setattr(script, "classify_faces", classify_and_tell)
     script.predict_emotions([tmp_path / "face.jpg"], tmp_path, detect=False, as_json=True)

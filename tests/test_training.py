@@ -1,4 +1,4 @@
-"""The network and its training, called from Python: precision, weights, checkpoints."""
+"""The network and its training from Python: precision, weights, checkpoints."""
 
 import importlib.util
 import inspect
@@ -21,24 +21,24 @@ def data(small_dataset, capfd):
 
 @pytest.fixture
 def dtype_policy():
-    """Return Keras's function that sets the dtype policy; afterwards it is float32 again."""
+    """Return Keras's function to set the dtype policy, and reset the policy after the test."""
     yield keras.config.set_dtype_policy
     keras.config.set_dtype_policy("float32")
 
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    """Let no plots be drawn beside a checkpoint, for tests that are about other things."""
+    """Disable plots during training, for tests that do not check them."""
     monkeypatch.setattr(script, "plot_history", lambda *_: None)
 
 
 def train(model, data, **settings):
-    """Train in batches of 8 for one epoch, unless `settings` say otherwise; return the history."""
+    """Train and return the history; by default, for one epoch with a batch size of 8."""
     return script.train_model(model, data, **{"epochs": 1, "batch_size": 8} | settings)
 
 
 def without_seconds(history):
-    """Return a history without what differs from run to run."""
+    """Return a history without the seconds, which differ between runs."""
     return {name: values for name, values in history.items() if name != "seconds"}
 
 
@@ -61,7 +61,7 @@ def test_network_is_two_convolution_blocks_flatten_and_two_dense_layers():
 
 @pytest.mark.parametrize(("epochs", "rates"), [(11, (0.0225, 0.05)), (44, (0.09, 0.2)),
                                                (88, (0.18, 0.4)), (120, (0.18, 0.4))])
-def test_dropout_grows_with_the_length_of_the_run(
+def test_dropout_increases_with_the_number_of_epochs(
         small_dataset, tmp_path, run_here, monkeypatch, epochs, rates):
     trained = []
 
@@ -75,7 +75,7 @@ def test_dropout_grows_with_the_length_of_the_run(
     assert dropout_rates(trained[0]) == pytest.approx(rates)
 
 
-def test_defaults_in_python_belong_together_and_are_those_of_the_command_line():
+def test_defaults_in_python_are_consistent_and_match_the_command_line():
     of_training = {name: parameter.default for name, parameter
                    in inspect.signature(script.train_model).parameters.items()}
     assert dropout_rates(script.create_CNN(7)) == pytest.approx(
@@ -86,8 +86,8 @@ def test_defaults_in_python_belong_together_and_are_those_of_the_command_line():
     assert of_training["checkpoint"] is None and of_training["source"] is None
 
 
-def test_a_batch_is_of_two_images_at_least(capsys):
-    """The normalisation of one image takes all of it away: such a run would stay at chance."""
+def test_batch_size_must_be_at_least_two(capsys):
+    """Batch normalisation in the dense block turns a single image into zeros."""
     assert script.parse_command_line(["--batch-size", "2"]).batch_size == 2
     with pytest.raises(SystemExit) as end:
         script.parse_command_line(["--batch-size", "1"])
@@ -95,7 +95,7 @@ def test_a_batch_is_of_two_images_at_least(capsys):
     assert "error: argument --batch-size: 1 is " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_light_and_contrast_do_not_change_the_prediction():
+def test_brightness_and_contrast_do_not_change_the_prediction():
     rng = np.random.default_rng(0)
     images = rng.uniform(60, 120, (4, 48, 48, 1))
     model = script.create_CNN(7)
@@ -108,7 +108,7 @@ def test_light_and_contrast_do_not_change_the_prediction():
     ("AuthenticAMD", "avx512f avx512_bf16", "mixed_bfloat16"),
     ("GenuineIntel", "avx512f avx512_bf16", "float32"),
     ("GenuineIntel", "avx512_bf16 amx_tile amx_bf16", "mixed_bfloat16"), ("", "", "float32")])
-def test_bfloat16_only_where_the_processor_is_faster_with_it(
+def test_bfloat16_is_only_used_on_processors_where_it_is_faster(
         monkeypatch, tmp_path, vendor, flags, expected):
     monkeypatch.setattr(script.tf.config, "list_physical_devices", lambda kind: [])
     (tmp_path / "cpuinfo").write_text(
@@ -125,7 +125,7 @@ def test_bfloat16_only_where_the_processor_is_faster_with_it(
     ({"compute_capability": (7, 0)}, ("GPU", "mixed_float16")),
     ({"compute_capability": (6, 1), "device_name": "Tester 3"}, ("Tester 3", "float32")),
     ({}, ("GPU", "float32"))])
-def test_float16_only_on_gpus_that_have_tensor_cores(monkeypatch, details, expected):
+def test_float16_is_only_used_on_gpus_with_tensor_cores(monkeypatch, details, expected):
     monkeypatch.setattr(script.tf.config, "list_physical_devices", lambda kind: ["a GPU"])
     monkeypatch.setattr(script.tf.config.experimental, "get_device_details", lambda gpu: details)
     assert (script.hardware_name(), script.fastest_precision()) == expected
@@ -146,7 +146,7 @@ def test_saved_model_predicts_in_float32(data, tmp_path, dtype_policy, precision
     assert np.array_equal(predictions, model.predict(data.test.images, verbose=0))
 
 
-def test_images_of_rare_emotions_weigh_more():
+def test_images_of_rare_emotions_have_higher_weights():
     labels = np.repeat(range(7), [8, 1, 8, 27, 8, 8, 8])
     weights = script.class_weights(labels)
     relative = [weights[label] / weights[0] for label in range(7)]
@@ -154,7 +154,7 @@ def test_images_of_rare_emotions_weigh_more():
     assert np.mean([weights[label] for label in labels]) == pytest.approx(1)
 
 
-def test_training_takes_these_weights(data, monkeypatch):
+def test_training_uses_these_weights(data, monkeypatch):
     fit, given = keras.Sequential.fit, {}
 
     def fit_and_tell(model, *arguments, **settings):
@@ -169,7 +169,7 @@ def test_training_takes_these_weights(data, monkeypatch):
 
 
 def test_each_epoch_has_its_own_transforms_and_learning_rate(data, monkeypatch):
-    """The rate falls along a cosine."""
+    """The learning rate decays along a cosine."""
     augmented_batches, seeds = script.augmented_batches, []
 
     def augment_and_tell(data, batch_size, seed):
@@ -183,7 +183,7 @@ def test_each_epoch_has_its_own_transforms_and_learning_rate(data, monkeypatch):
 
 
 def test_the_weights_are_those_of_the_best_epoch(data, monkeypatch):
-    """Here it is the second of three, as the validation tells it."""
+    """Here, the second of three epochs has the highest validation accuracy."""
     fit, after_epoch, accuracies = keras.Sequential.fit, [], iter([0.3, 0.5, 0.4])
 
     def fit_and_tell(model, *arguments, **settings):
@@ -206,8 +206,8 @@ def test_training_without_a_checkpoint_writes_nothing(data, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_images_of_64_pixels_are_learned_and_the_18_views_fit_them(tmp_path, capfd):
-    """Stripes, finer from emotion to emotion; only the SIZE of the script is another one."""
+def test_the_script_can_be_changed_to_images_of_64_pixels(tmp_path, capfd):
+    """Each emotion has stripes of another width.  Only SIZE is changed in the script."""
     path = changed_script(tmp_path, ("SIZE = 48 ", "SIZE = 64 "))
     spec = importlib.util.spec_from_file_location("changed", path)
     larger = importlib.util.module_from_spec(spec)
@@ -231,11 +231,11 @@ def test_images_of_64_pixels_are_learned_and_the_18_views_fit_them(tmp_path, cap
     model = larger.create_CNN(7, epochs=3)
     larger.train_model(model, data, epochs=3, batch_size=14)
     scores, _ = larger.evaluate_model(model, data)
-    assert scores["single_image_accuracy"] > 0.5  # by chance, it would be 0.14
+    assert scores["single_image_accuracy"] > 0.5  # chance level: 0.14
     assert scores["accuracy"] > scores["single_image_accuracy"] - 0.1
 
 
-def test_plots_beside_the_checkpoint_are_current_after_every_epoch(data, tmp_path, monkeypatch):
+def test_plots_next_to_the_checkpoint_are_updated_after_every_epoch(data, tmp_path, monkeypatch):
     plot, plotted = script.plot_history, []
 
     def plot_and_tell(history, output_dir):
@@ -250,7 +250,7 @@ def test_plots_beside_the_checkpoint_are_current_after_every_epoch(data, tmp_pat
         "accuracy.png", "loss.png", script.CHECKPOINT_FILE}
 
 
-def test_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, monkeypatch):
+def test_checkpoint_is_on_the_disk_before_it_replaces_the_previous_one(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync") or fsync(file))
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
@@ -263,7 +263,7 @@ def test_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_pat
     assert variable.tolist() == [1, 1] and weight.tolist() == [0, 0, 0]
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_does_not_replace_the_previous_one(tmp_path, monkeypatch):
     path = tmp_path / "new folder" / "file.txt"
     with script.atomic_write(path) as part:
         part.write_text("the one before")
@@ -279,11 +279,11 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypat
 
 
 class Interruption(Exception):
-    """What ends a training in these tests."""
+    """Interrupts the training in these tests."""
 
 
 def interrupt(monkeypatch, checkpoints):
-    """Let a training end as soon as so many checkpoints are written."""
+    """Interrupt the training after a given number of checkpoints."""
     save, written = script.save_checkpoint, []
 
     def save_and_interrupt(*arguments):
@@ -295,9 +295,9 @@ def interrupt(monkeypatch, checkpoints):
     monkeypatch.setattr(script, "save_checkpoint", save_and_interrupt)
 
 
-def test_a_training_goes_on_exactly_wherever_it_was_interrupted(
+def test_an_interrupted_training_resumes_exactly(
         data, tmp_path, monkeypatch, no_plots):
-    """The first checkpoint comes before the first epoch."""
+    """The first checkpoint is saved before the first epoch."""
     keras.utils.set_random_seed(3)
     whole = small_network()
     history = train(whole, data, epochs=2)
@@ -316,7 +316,7 @@ def test_a_training_goes_on_exactly_wherever_it_was_interrupted(
         assert all(map(np.array_equal, resumed.get_weights(), whole.get_weights()))
 
 
-def test_a_finished_checkpoint_gives_the_finished_training(data, tmp_path, monkeypatch, no_plots):
+def test_a_finished_training_is_restored_from_its_checkpoint(data, tmp_path, monkeypatch, no_plots):
     first, again = small_network(), small_network()
     history = train(first, data, checkpoint=tmp_path / "run.npz")
     monkeypatch.setattr(keras.Sequential, "fit", lambda *_, **__: pytest.fail("trained again"))
@@ -324,9 +324,9 @@ def test_a_finished_checkpoint_gives_the_finished_training(data, tmp_path, monke
     assert all(map(np.array_equal, first.get_weights(), again.get_weights()))
 
 
-def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(
+def test_a_checkpoint_on_a_full_disk_does_not_replace_the_previous_one(
         data, tmp_path, monkeypatch, no_plots):
-    """As on a full disk, for where the tests cannot mount a small one."""
+    """Simulates a full disk, as not every machine can mount a small one."""
     checkpoint, replace, kept = tmp_path / "run.npz", os.replace, []
 
     def replace_once(source, target):
@@ -342,8 +342,8 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(
     assert script.load_checkpoint(checkpoint)[0]["history"] == {"epoch": []}
 
 
-def test_ranges_that_are_tuples_resume(data, tmp_path, monkeypatch, no_plots):
-    """JSON knows no tuples, and would give back a list."""
+def test_a_run_with_tuples_in_its_augmentation_resumes(data, tmp_path, monkeypatch, no_plots):
+    """JSON turns tuples into lists."""
     monkeypatch.setattr(script, "AUGMENTATION", {
         "zoom_range": (0.9, 1.1), "width_shift_range": 0.1})
     with monkeypatch.context() as patch, pytest.raises(Interruption):
@@ -355,7 +355,7 @@ def test_ranges_that_are_tuples_resume(data, tmp_path, monkeypatch, no_plots):
 
 def test_float16_resumes_exactly_although_the_loss_scale_skips_steps(
         data, tmp_path, monkeypatch, dtype_policy, no_plots):
-    """A scale that grows with every step soon is too large, and a step is left out."""
+    """Here, the scale grows in every step.  It soon becomes too large, so steps are skipped."""
     original, optimizers = keras.optimizers.LossScaleOptimizer.__init__, []
 
     def grow_fast(optimizer, *inner, **settings):
@@ -375,7 +375,7 @@ def test_float16_resumes_exactly_although_the_loss_scale_skips_steps(
         interrupt(patch, checkpoints=2)
         train_network("interrupted.npz")
     steps = math.ceil(len(data.training.images) / 8)
-    assert int(optimizers[-1].inner_optimizer.iterations) < steps  # some left out
+    assert int(optimizers[-1].inner_optimizer.iterations) < steps  # some were skipped
     resumed_history, resumed_weights = train_network("interrupted.npz", resume=True)
     assert resumed_history == history and len(history["loss"]) == 2
     assert all(map(np.array_equal, resumed_weights, weights))
@@ -386,7 +386,7 @@ def test_loss_that_is_not_finite_ends_the_training(data, tmp_path):
     with pytest.raises(script.InputError, match="loss is NaN or infinite. .* lower learning rate"):
         train(model, data, learning_rate=1e30, checkpoint=tmp_path / "run.npz")
     state, _ = script.load_checkpoint(tmp_path / "run.npz")
-    assert state["history"] == {"epoch": []}  # nothing of that epoch is kept
+    assert state["history"] == {"epoch": []}  # the epoch is not saved
 
 
 @pytest.mark.parametrize(("settings", "what"), [
@@ -394,7 +394,7 @@ def test_loss_that_is_not_finite_ends_the_training(data, tmp_path):
     ({"learning_rate": 0.1}, "learning rate"), ({}, "images"), ({}, "labels"),
     ({}, "augmentation"), ({}, "precision"), ({}, "number of parameters"),
     ({"epochs": 4, "seed": 1}, "epochs and the seed")])
-def test_a_checkpoint_of_another_run_is_refused_and_stays(
+def test_a_checkpoint_of_another_run_is_refused_and_kept(
         data, tmp_path, monkeypatch, dtype_policy, settings, what):
     checkpoint = tmp_path / "run.npz"
     with monkeypatch.context() as patch, pytest.raises(Interruption):
@@ -416,7 +416,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(
     assert checkpoint.read_bytes() == before
 
 
-def test_the_source_of_the_data_is_kept_for_the_run_that_goes_on(data, tmp_path, monkeypatch):
+def test_the_checkpoint_contains_the_source_of_the_data(data, tmp_path, monkeypatch):
     source = {"data_dir": "somewhere", "demo": False}
     interrupt(monkeypatch, checkpoints=1)
     with pytest.raises(Interruption):
@@ -433,7 +433,7 @@ def test_a_checkpoint_is_not_overwritten_by_a_new_run(data, tmp_path, no_plots):
     assert (tmp_path / "run.npz").read_bytes() == before
 
 
-def test_a_first_checkpoint_that_fails_leaves_nothing_that_bars_a_run(
+def test_a_failed_first_checkpoint_leaves_no_files(
         data, tmp_path, monkeypatch, no_plots):
     checkpoint = tmp_path / "unfinished/run.npz"
     for error in OSError("disk full"), KeyboardInterrupt:

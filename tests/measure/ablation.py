@@ -1,13 +1,12 @@
-"""Measure what each ingredient of the recipe gives: train without it and look at validation.
+"""Measure how much each ingredient of the recipe contributes: train without it.
 
     python tests/measure/ablation.py --data-dir data --epochs 8 --seeds 0 1
 
-Each ingredient is some text of the script; what stands in its place is the plain alternative.
-The network that the changed script trains classifies the validation images (PublicTest), averaged
-over the views that the script takes of an image: the test images take no part in any choice.  Loss
-is the mean cross-entropy, in nats.
+For each ingredient, this program removes or replaces some code of the script and trains a network.
+It evaluates the network on the validation images (PublicTest), with probabilities averaged over
+the script's 18 views.  It does not use the test images.  Loss is the mean cross-entropy, in nats.
 
-On a GPU, --backend jax needs no TensorFlow, and --jobs trains several networks at once.
+With --backend jax, TensorFlow is not needed.  With --jobs, a GPU trains several networks at once.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "emotion_recognition_cnn.py"
 
-# What goes from the text of the script, and what comes in its place, for a backend of Keras.
+# Changes to the code of the script for each Keras backend: old text, new text.
 BACKENDS = {
     "tensorflow": {},
     "jax": {
@@ -37,14 +36,14 @@ BACKENDS = {
         "from tensorflow.keras.preprocessing": "from keras.src.legacy.preprocessing"},
 }
 
-# Ingredient: the text of the script that goes, and what comes in its place.
+# Changes to the code of the script that remove an ingredient: old text, new text.
 INGREDIENTS = {
     "the whole recipe": {},
     "standardisation of each image": {
         "layers.GroupNormalization(groups=1, center=False, scale=False)":
             "layers.Rescaling(1 / 255)"},
     "batch normalisation": {"layers.BatchNormalization(momentum=0.9),": ""},
-    "layer normalisation: batch normalisation in its place": {
+    "layer normalisation": {
         "layers.LayerNormalization(),": "layers.BatchNormalization(momentum=0.9),"},
     "overlap in the first pooling": {
         'layers.MaxPooling2D(4, strides=3, padding="same")': "layers.MaxPooling2D(3)"},
@@ -53,29 +52,29 @@ INGREDIENTS = {
             'layers.MaxPooling2D(3, padding="same")'},
     "half of the second convolution's filters": {"Conv2D(384,": "Conv2D(192,"},
     "half of the dense layer": {"Dense(512,": "Dense(256,"},
-    "dropout of whole filters: of features in its place": {
+    "dropout of whole filters": {
         "layers.SpatialDropout2D(0.18 * ": "layers.Dropout(0.25 * "},
     "dropout": {"layers.SpatialDropout2D(0.18 * dropout),": "",
                 "layers.Dropout(0.4 * dropout),": ""},
     "weaker dropout in short runs": {"0.18 * dropout": "0.18", "0.4 * dropout": "0.4"},
     "cosine decay": {"keras.optimizers.AdamW(schedule,": "keras.optimizers.AdamW(learning_rate,"},
     "augmentation": {"ImageDataGenerator(**AUGMENTATION)": "ImageDataGenerator()"},
-    "weights of the emotions": {"np.cbrt(counts.mean() / counts)": "np.ones(len(counts))"},
+    "class weights": {"np.cbrt(counts.mean() / counts)": "np.ones(len(counts))"},
 }
 
 
 def without(name, backend="tensorflow"):
-    """Return the text of the script without an ingredient, for a backend of Keras."""
+    """Return the code of the script without an ingredient, for a Keras backend."""
     text = SCRIPT.read_text()
     for old, new in (INGREDIENTS[name] | BACKENDS[backend]).items():
         if old not in text:
-            sys.exit(f"error: the script no longer holds {old!r}, of {name!r} or {backend!r}")
+            sys.exit(f"error: the script does not contain {old!r}. Update {name!r} or {backend!r}")
         text = text.replace(old, new)
     return text
 
 
 def batches_without_tensorflow(script):
-    """Return what stands for the script's in_batches where TensorFlow's tf.data is absent."""
+    """Return a replacement for the script's in_batches that does not use tf.data."""
     class Batches(script.keras.utils.PyDataset):
         def __init__(self, arrays, batch_size, function=lambda *arrays: arrays):
             super().__init__()
@@ -98,7 +97,7 @@ def batches_without_tensorflow(script):
 
 
 def load_script(name, backend):
-    """Return the script without an ingredient, for a backend of Keras, as a module."""
+    """Return the script without an ingredient as a module, for a Keras backend."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, SCRIPT.name)
         path.write_text(without(name, backend))
@@ -112,7 +111,7 @@ def load_script(name, backend):
 
 
 def measure(name, seed, options):
-    """Train without an ingredient; return accuracy, balanced accuracy, loss and the seconds."""
+    """Train without an ingredient; return accuracy, balanced accuracy, loss and seconds."""
     script = load_script(name, options.backend)
     script.keras.utils.set_random_seed(seed)
     script.keras.config.set_dtype_policy(options.precision)
@@ -127,7 +126,7 @@ def measure(name, seed, options):
 
 
 def mean_and_spread(values, style):
-    """Return the mean of some values, and their standard deviation if there are several."""
+    """Return the mean of values, with their standard deviation if there are several, as text."""
     text = f"{statistics.mean(values):{style}}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):{style}}"
@@ -138,22 +137,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, type=os.path.abspath,
-                        help="folder that holds train/ and test/")
-    parser.add_argument("--epochs", type=int, default=8, help="per run (default: %(default)s)")
+                        help="folder that contains train/ and test/")
+    parser.add_argument("--epochs", type=int, default=8,
+                        help="epochs per run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0],
-                        help="one run each (default: 0)")
+                        help="random seeds, one run each (default: 0)")
     parser.add_argument("--only", nargs="+", choices=INGREDIENTS, default=list(INGREDIENTS),
-                        metavar="INGREDIENT", help="some of the ingredients")
-    parser.add_argument("--precision", default="float32", help="default: %(default)s")
+                        metavar="INGREDIENT", help="ingredients to measure (default: all)")
+    parser.add_argument("--precision", default="float32",
+                        help="Keras dtype policy (default: %(default)s)")
     parser.add_argument("--backend", choices=BACKENDS, default="tensorflow",
-                        help="of Keras (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+                        help="Keras backend (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs (default: 1)")
     options = parser.parse_args()
-    # Else JAX takes three quarters of a GPU's memory for each process.
+    # By default, each JAX process allocates three quarters of the GPU memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    print("| without | accuracy | balanced accuracy | loss | runs | minutes |")
+    print("| removed | accuracy | balanced accuracy | loss | runs | minutes |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
-    # A process of its own for each run: one script and its Keras stay out of the next one's way.
+    # Each run has its own process, so that no state of Keras is left from the previous run.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"),
                              max_tasks_per_child=1) as pool:
         names, seeds = zip(*itertools.product(options.only, options.seeds))

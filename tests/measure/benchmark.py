@@ -1,26 +1,27 @@
-"""Measure how fast the script trains, beside other ways to train the same network.
+"""Compare the training speed of the script with other implementations of the same training.
 
     python tests/measure/benchmark.py --data-dir data
-    python tests/measure/benchmark.py                     on drawn faces
+    python tests/measure/benchmark.py                     with drawn faces
 
-The precision is the one that the script chooses on this machine, or that of --precision.
-Each contender trains in a process of its own; they take turns, round by round, so that a noisy
-machine is as noisy for all.  All have the script's network, batch size and optimiser:
+The default precision is the one that the script chooses on this machine.  Each contender trains in
+its own process.  They take turns, so that variations of the machine's speed affect all of them.
+All use the script's network, batch size and optimiser:
 
-  script             the script's own loop: images in memory, augmented by augmented_batches; what
-                     the drawing of an epoch's transforms takes is counted into each step
-  ceiling            the same network, precision and loop on images in memory, nothing augmented
-  plain Keras        what tutorials write: flow_from_directory, the same augmentation, default
-                     compile, float32
-  PyTorch eager      float32, images in memory, nothing augmented
-  PyTorch tuned      bfloat16 autocast where the script computes in it, channels last, fused AdamW,
-                     images in memory, nothing augmented
-  PyTorch augmented  as tuned, the images augmented by the same ImageDataGenerator in two processes
-                     of PyTorch's DataLoader: what script is, in PyTorch
+  script             images in memory, augmented by augmented_batches; the time to draw the
+                     transforms of an epoch is distributed over its steps
+  script without augmentation
+                     images in memory, the same precision and training loop; an upper limit
+  plain Keras        as in tutorials: flow_from_directory, the same augmentation, default compile,
+                     float32
+  PyTorch eager      images in memory, no augmentation, float32
+  PyTorch tuned      images in memory, no augmentation, channels last, fused AdamW; bfloat16
+                     autocast if the script uses bfloat16
+  PyTorch augmented  as PyTorch tuned, but augmented by the same ImageDataGenerator in two worker
+                     processes of a DataLoader
 
-PyTorch takes part where its build for processors is installed (pip install torch --index-url
-https://download.pytorch.org/whl/cpu): the Triton of other builds crashes beside TensorFlow.  Its
-contenders stand in benchmark_pytorch.py.
+PyTorch is measured if it is installed.  Install its CPU build (pip install torch --index-url
+https://download.pytorch.org/whl/cpu), as the Triton of other builds crashes with TensorFlow.  The
+code of its contenders is in benchmark_pytorch.py.
 """
 
 import argparse
@@ -41,13 +42,13 @@ import emotion_recognition_cnn as script  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 
-WARM_UP = 10  # steps at the start of an epoch that are not counted
+WARM_UP = 10  # steps at the start of each epoch that are not measured
 
 
 def keras_contender(name, data_dir, precision):
-    """Return a function that trains for some steps of an epoch and gives the time each ended at.
+    """Return a function that trains for some steps of an epoch and returns their end times.
 
-    Returns, too, how many whole steps an epoch has.
+    Also returns the number of full steps in an epoch.
     """
     keras.utils.set_random_seed(0)
     if name == "plain Keras":
@@ -75,7 +76,7 @@ def keras_contender(name, data_dir, precision):
         if name == "script":
             start = time.time()
             of_epoch = script.augmented_batches(data, script.BATCH_SIZE, [0, next(epoch)])
-            drawing = (time.time() - start) * script.BATCH_SIZE / images  # of one step
+            drawing = (time.time() - start) * script.BATCH_SIZE / images  # per step
         model.fit(of_epoch, steps_per_epoch=steps, class_weight=weights, shuffle=False, verbose=0,
                   callbacks=[keras.callbacks.LambdaCallback(
                       on_train_batch_end=lambda batch, logs: times.append(time.time()))])
@@ -85,16 +86,16 @@ def keras_contender(name, data_dir, precision):
 
 
 def counted(times):
-    """Return how many of an epoch's steps count, and the seconds that they took."""
+    """Return the number and the duration (seconds) of an epoch's steps after the warm-up."""
     return len(times) - 1 - WARM_UP, times[-1] - times[WARM_UP]
 
 
 def contend(name, data_dir, precision, seconds):
-    """Be one contender: say when ready, train a round for each line on stdin, answer images/s."""
-    answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # what libraries print is no answer
+    """Run one contender: print "ready", then train a round per line of stdin and print images/s."""
+    answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # hide the output of libraries
     contender = keras_contender
     if name.startswith("PyTorch"):
-        from benchmark_pytorch import pytorch_contender  # here: PyTorch need not be installed
+        from benchmark_pytorch import pytorch_contender  # PyTorch is optional
         contender = pytorch_contender
     train, most = contender(name, data_dir, precision)
     number, duration = counted(train(min(most, 2 * WARM_UP)))
@@ -108,25 +109,25 @@ def contend(name, data_dir, precision, seconds):
 
 
 def start_contender(name, data_dir, precision, seconds):
-    """Start the process of a contender; return it when it is ready."""
+    """Start the process of a contender and return it when it is ready."""
     process = subprocess.Popen(
         [sys.executable, __file__, "--contender", name, "--data-dir", data_dir,
          "--precision", precision, "--seconds", str(seconds)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     if not process.stdout.readline():
-        sys.exit(f"error: {name} failed to start, with status {process.wait()}")
+        sys.exit(f"error: {name} failed to start (exit status {process.wait()})")
     return process
 
 
 def train_round(process):
-    """Let a contender train for a round; return images/s."""
+    """Let a contender train for one round and return images/s."""
     process.stdin.write("go\n")
     process.stdin.flush()
     return float(process.stdout.readline())
 
 
 def compare(names, data_dir, precision, rounds, seconds):
-    """Let the contenders train in turns; return images/s of each round, by name."""
+    """Let the contenders take turns; return a dict from names to images/s of each round."""
     processes = {name: start_contender(name, data_dir, precision, seconds) for name in names}
     rates = {name: [] for name in names}
     for number in range(1, rounds + 1):
@@ -140,8 +141,8 @@ def compare(names, data_dir, precision, rounds, seconds):
 
 
 def print_table(rates):
-    """Print a row for each contender: images/s (median, lowest, highest) and the script's lead."""
-    print("| contender | images/s | script is |\n| --- | --- | --- |")
+    """Print a row per contender: images/s (median and range) and the script's relative speed."""
+    print("| contender | images/s | ratio |\n| --- | --- | --- |")
     for name, of in rates.items():
         ratio = statistics.median(own / other for own, other in zip(rates["script"], of))
         print(f"| {name} | {statistics.median(of):.0f} ({min(of):.0f} to {max(of):.0f}) | "
@@ -151,19 +152,20 @@ def print_table(rates):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", help="folder that holds train/ and test/")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=10, help="length of a round")
+    parser.add_argument("--data-dir", help="dataset (default: drawn faces)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=10,
+                        help="length of a round (default: %(default)s)")
     parser.add_argument("--precision", choices=("float32", "mixed_bfloat16", "mixed_float16"),
-                        help="default: the script's choice on this machine")
-    parser.add_argument("--contender", help=argparse.SUPPRESS)  # by this script itself
+                        help="default: the script's choice for this machine")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)  # used internally
     options = parser.parse_args()
     if options.contender:
         contend(options.contender, options.data_dir, options.precision, options.seconds)
         return
 
     precision = options.precision or script.fastest_precision()
-    names = ["script", "ceiling", "plain Keras"]
+    names = ["script", "script without augmentation", "plain Keras"]
     if importlib.util.find_spec("torch"):
         names += ["PyTorch eager", "PyTorch tuned", "PyTorch augmented"]
     with tempfile.TemporaryDirectory() as drawings:
@@ -172,7 +174,7 @@ def main():
         rates = compare(names, options.data_dir or drawings, precision, options.rounds,
                         options.seconds)
     print(f"\n{script.hardware_name()}, {precision}, batch size {script.BATCH_SIZE}, "
-          f"{options.rounds} rounds of {options.seconds:.0f} s\n")
+          f"{options.rounds} rounds of {options.seconds:.0f} seconds\n")
     print_table(rates)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 # --- Network --------------------------------------------------------------------------------------
 class FilterNorm(nn.LayerNorm):
-    """Normalises across the filters at each place, as Keras's LayerNormalization."""
+    """Normalises across the filters at each position, like Keras's LayerNormalization."""
 
     def forward(self, images):
         return super().forward(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -29,7 +29,7 @@ def convolution(layer):
 def pooling(layer):
     height, pooled_height = layer.input.shape[1], layer.output.shape[1]
     border = (pooled_height - 1) * layer.strides[0] + layer.pool_size[0] - height
-    # Of an odd border, Keras puts the larger part below and right; so does ceil_mode.
+    # If the padding is odd, Keras adds the extra pixel at the bottom and right, like ceil_mode.
     return nn.MaxPool2d(layer.pool_size, layer.strides, max(border, 0) // 2, ceil_mode=True)
 
 
@@ -39,7 +39,7 @@ def batch_normalization(layer):
     return norm(shape[-1], layer.epsilon, 1 - layer.momentum)
 
 
-def dense(layer):  # the softmax is part of PyTorch's cross-entropy
+def dense(layer):  # PyTorch's cross-entropy includes the softmax
     return nn.Linear(layer.input.shape[-1], layer.units, bias=layer.use_bias)
 
 
@@ -64,7 +64,7 @@ def in_pytorch(model):
 
 # --- Data -----------------------------------------------------------------------------------------
 class AugmentedImages(torch.utils.data.Dataset):
-    """Images (float32, 1 x 48 x 48) and labels, augmented by the script's ImageDataGenerator."""
+    """Labelled images (float32, 1 x 48 x 48), augmented by the script's ImageDataGenerator."""
 
     def __init__(self, data):
         self.images, self.labels, _ = data.training
@@ -75,14 +75,14 @@ class AugmentedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         image = self.generator.random_transform(self.images[index].astype("float32"))
-        # A flip is a view with negative strides, which PyTorch does not take.
+        # A flipped array has negative strides, which PyTorch does not support.
         return np.ascontiguousarray(np.moveaxis(image, 2, 0)), self.labels[index]
 
 
 def augmented_batches(data):
-    """Return a function that gives some batches, which two processes augment meanwhile."""
-    # Spawned, as a forked process would inherit TensorFlow's threads, and may wait for them for
-    # ever.  random_transform draws from NumPy's global numbers: PyTorch seeds them in each process.
+    """Return a function that returns batches, which two processes augment during training."""
+    # A forked process could deadlock because of TensorFlow's threads, so "spawn" is used.  PyTorch
+    # seeds NumPy's global random state, which random_transform uses, in each process.
     loader = torch.utils.data.DataLoader(
         AugmentedImages(data), script.BATCH_SIZE, shuffle=True, drop_last=True,
         num_workers=2, multiprocessing_context="spawn", persistent_workers=True)
@@ -90,7 +90,7 @@ def augmented_batches(data):
 
 
 def batches_from_memory(training, memory_format):
-    """Return a function that gives some batches of images as they are."""
+    """Return a function that returns batches without augmentation."""
     images = torch.from_numpy(training.images).permute(0, 3, 1, 2).float()
     images = images.to(memory_format=memory_format)
     labels = torch.from_numpy(training.labels)
@@ -105,7 +105,7 @@ def batches_from_memory(training, memory_format):
 
 # --- Training -------------------------------------------------------------------------------------
 def pytorch_contender(name, data_dir, precision):
-    """As `keras_contender` in benchmark.py."""
+    """Like `keras_contender` in benchmark.py."""
     torch.manual_seed(0)
     data = script.load_data(data_dir)
     tuned = name != "PyTorch eager"

@@ -1,11 +1,11 @@
-"""Tell what minutes and seeds make of accuracy: a table and a picture of finished runs.
+"""Summarise finished runs: print a table, and plot accuracy against minutes.
 
-    python emotion_recognition_cnn.py --epochs 12 --seed 1 --output-dir runs/12-1     and so on
+    python emotion_recognition_cnn.py --epochs 12 --seed 1 --output-dir runs/12-1     for example
     python tests/measure/budgets.py runs/* --picture accuracy_against_minutes.png
 
-Runs of as many epochs on the same processor, in the same precision, make one row: mean and standard
-deviation over their seeds, minutes of the fastest run, as the others may have shared the processor.
-The README's table is of docs/runs/*.
+Runs with the same number of epochs, processor and precision share a row.  It has the mean and the
+standard deviation over their seeds and the minutes of the fastest run, because other programs may
+have slowed down the others.  The tables in the README and docs/RESULTS.md show docs/runs/*.
 """
 
 import argparse
@@ -22,11 +22,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 SCORES = {"accuracy": "accuracy", "clean": "clean_accuracy", "balanced": "balanced_accuracy",
-          "single image": "single_image_accuracy"}  # of the test images
+          "single image": "single_image_accuracy"}  # on the test images
 
 
 def read_runs(folders):
-    """Return the metrics of finished runs: a list for each (epochs, processor and precision)."""
+    """Return a dict from (epochs, "processor, precision") to the metrics of these runs."""
     budgets = {}
     for folder in folders:
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -38,19 +38,19 @@ def read_runs(folders):
 
 
 def least_minutes(runs):
-    """Return the minutes of the fastest of some runs."""
+    """Return the minutes of the fastest run."""
     return min(run["seconds"] for run in runs) / 60
 
 
 def mean_and_spread(values):
-    """Return the mean of shares and their standard deviation, in per cent; NaN where it is one."""
+    """Return mean and standard deviation in per cent; for a single value, the latter is NaN."""
     mean = 100 * statistics.mean(values)
     spread = 100 * statistics.stdev(values) if len(values) > 1 else math.nan
     return mean, spread
 
 
 def print_table(budgets):
-    """Print a row for each budget."""
+    """Print a table with a row per budget."""
     print("| epochs | processor | seeds | minutes | " + " | ".join(SCORES) + " | PublicTest |")
     print("| --- " * (5 + len(SCORES)) + "|")
     for (epochs, processor), runs in sorted(budgets.items()):
@@ -65,7 +65,7 @@ def print_table(budgets):
 
 
 def draw_curve(axes, points, processor, form, color, offset):
-    """Draw the points (minutes, accuracy, its spread, epochs) of a processor."""
+    """Draw the points (minutes, accuracy, standard deviation, epochs) of a processor."""
     minutes, accuracy, spread, budgets = zip(*points)
     axes.errorbar(minutes, accuracy, spread, fmt=form, color=color, capsize=5, label=processor)
     for x, y, epochs in zip(minutes, accuracy, budgets):
@@ -73,7 +73,7 @@ def draw_curve(axes, points, processor, form, color, offset):
 
 
 def draw_picture(budgets, path):
-    """Draw accuracy against minutes, a curve for each processor and precision."""
+    """Plot accuracy against minutes, with a curve per processor and precision."""
     curves = {}
     for (epochs, processor), runs in sorted(budgets.items()):
         mean, spread = mean_and_spread([run["test"]["accuracy"] for run in runs])
@@ -101,7 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of finished runs")
-    parser.add_argument("--picture", type=Path, help="where to draw accuracy against minutes")
+    parser.add_argument("--picture", type=Path, help="file for a plot of accuracy against minutes")
     options = parser.parse_args()
     budgets = read_runs(options.runs)
     print_table(budgets)

@@ -1,13 +1,13 @@
-"""Measure how faces have to be cut out of photos: as wide as the dataset's frame, or otherwise.
+"""Measure how wide the crop of a face in a photo should be, relative to MTCNN's box.
 
     python tests/measure/framing.py --data-dir data
 
-The dataset's images are faces already.  With their edges drawn out by half a face and four times as
-large they stand for photos, in which MTCNN looks for faces as it does for --predict.  Those count
-in which it finds exactly one.  Printed are:
-  - how much wider the dataset's frame is than MTCNN's box: the median over training images;
-  - how many validation images (PublicTest) the included network classifies correctly when their
-    faces are cut out as squares around the middle of MTCNN's box, or in the dataset's own frame.
+This program pads the dataset's images with their edge pixels and enlarges them four times, so that
+they look like photos.  MTCNN searches them for faces, as with --predict.  The program uses the
+images with exactly one detected face.  It prints:
+  - the width of the dataset's frame relative to MTCNN's box: the median over training images
+  - the accuracy of the included network on validation images (PublicTest), for square crops around
+    the centre of MTCNN's box and for the dataset's own frame
 """
 
 import sys
@@ -16,16 +16,16 @@ import numpy as np
 from included import accuracy, load_included, script
 from PIL import Image
 
-IMAGES = 600  # of training, and of validation
-MARGIN = 4 * script.SIZE // 2  # pixels of such a photo
-FRAME = (MARGIN, MARGIN, 3 * MARGIN, 3 * MARGIN)  # left, top, right, bottom: the dataset's own
+IMAGES = 600  # from the training set, and from the validation set
+MARGIN = 4 * script.SIZE // 2  # in pixels of the enlarged image
+FRAME = (MARGIN, MARGIN, 3 * MARGIN, 3 * MARGIN)  # left, top, right, bottom
 
 
 def find_faces(part):
-    """Find the face in some images of a part of the dataset, spread evenly over it.
+    """Find the faces in IMAGES evenly spaced images of a part of the dataset.
 
-    Returns photos (arrays), MTCNN's boxes (left, top, width, height) and labels where it finds
-    exactly one.
+    Returns photos (arrays), MTCNN's boxes (left, top, width, height) and labels of the images with
+    exactly one detected face.
     """
     photos, boxes, labels = [], [], []
     for i in np.unique(np.linspace(0, len(part.images) - 1, IMAGES, dtype=int)):
@@ -39,12 +39,12 @@ def find_faces(part):
             boxes.append(found[0]["box"])
             labels.append(part.labels[i])
     if not photos:
-        sys.exit("error: MTCNN finds a single face in none of the images")
+        sys.exit("error: MTCNN did not find exactly one face in any image")
     return photos, np.array(boxes, float), np.array(labels)
 
 
 def squares_around(boxes, ratio):
-    """Return squares (left, top, right, bottom) around boxes, `ratio` times as wide as those."""
+    """Return squares (left, top, right, bottom) around boxes, `ratio` times as wide."""
     middle = boxes[:, :2] + boxes[:, 2:] / 2
     reach = ratio * boxes[:, 2:3] / 2
     return np.hstack([middle - reach, middle + reach]).round().astype(int)
@@ -54,10 +54,10 @@ def main():
     model, data = load_included(__doc__)
     photos, boxes, _ = find_faces(data.training)
     print(f"\nThe dataset's frame is {np.median(2 * MARGIN / boxes[:, 2]):.2f} times as wide as "
-          f"MTCNN's box: the median of {len(photos)} training images\n", flush=True)
+          f"MTCNN's box (median of {len(photos)} training images)\n", flush=True)
     photos, boxes, labels = find_faces(data.validation)
-    print(f"{len(photos)} validation images:\n")
-    print("| square, times as wide as MTCNN's box | accuracy |\n| --- | --- |")
+    print(f"Accuracy on {len(photos)} validation images:\n")
+    print("| width of the square, relative to MTCNN's box | accuracy |\n| --- | --- |")
     squares = {str(ratio): squares_around(boxes, ratio) for ratio in (1.0, 1.25, 1.5)}
     squares["the dataset's own frame"] = [FRAME] * len(photos)
     for name, of_photos in squares.items():

@@ -1,14 +1,14 @@
-"""Compare maps of what speaks for an emotion: what they mark is covered, and the network asked.
+"""Compare heat maps: cover the pixels that they mark, and measure how the prediction changes.
 
     python tests/measure/heat_maps.py --data-dir data
 
-Of 400 validation images (PublicTest), each method marks the tenth of the pixels that speak most
-for the emotion that the included network sees.  They are covered, and its probability (the mean of
-18 views) falls.  How far, on average, is printed, and in how many images another emotion is seen
-then.  For comparison: what the method marks in another image is covered.
+In 400 validation images (PublicTest), each method marks the tenth of the pixels that is the
+strongest evidence for the emotion that the included network predicts.  This program covers these
+pixels.  It prints the mean drop of the emotion's probability (averaged over 18 views) and how often
+the prediction changes.  As a control, it also covers the pixels that are marked for another image.
   - Grad-CAM: Selvaraju et al. (2017), arXiv:1610.02391, on the second convolution
-  - HiResCAM: Draelos and Carin (2020), arXiv:2011.08891, the same without averaging the gradient
-  - occlusion: the script's own
+  - HiResCAM: Draelos and Carin (2020), arXiv:2011.08891, without averaging the gradient
+  - occlusion: the script's method
 """
 
 import time
@@ -17,16 +17,16 @@ import numpy as np
 from included import load_included, script
 from PIL import Image
 
-import tensorflow as tf  # after the script, which sets it up
+import tensorflow as tf  # after the script, which configures it
 
 IMAGES = 400
 COVERED = script.SIZE**2 // 10  # pixels
 
 
 def gradient_of_second_convolution(model, image, label):
-    """Return the second convolution of an image (48 x 48) and the gradient on it.
+    """Return the output of the second convolution for an image (48 x 48), and its gradient.
 
-    The gradient is that of the logarithm of the emotion's probability.  Both are 14 x 14 x filters.
+    This is the gradient of the emotion's log-probability.  Both arrays are 14 x 14 x filters.
     """
     _, second = [number for number, layer in enumerate(model.layers)
                  if isinstance(layer, script.layers.Conv2D)]
@@ -44,9 +44,9 @@ def gradient_of_second_convolution(model, image, label):
 
 
 def enlarge(places):
-    """Return a map of the second convolution's places (14 x 14) as one of the image (48 x 48).
+    """Enlarge a map of the second convolution (14 x 14) to the size of the image (48 x 48).
 
-    The middle of the place in row i lies in the image at 3 i + 4.5: the places lie on 42 pixels.
+    The centre of position i is at pixel 3 i + 4.5, so the map covers the central 42 pixels.
     """
     image = Image.fromarray(places.astype("float32")).resize((42, 42), Image.Resampling.BILINEAR)
     return np.pad(np.asarray(image), 3, "edge")
@@ -63,25 +63,25 @@ def hires_cam(model, image, label):
 
 
 def cover_with_grey(image, marked):
-    """Return the image (48 x 48) with its mean in place of what is marked."""
+    """Return the image (48 x 48) with the marked pixels replaced by its mean."""
     return np.where(marked, image.mean(), image)
 
 
 def cover_with_blur(image, marked):
-    """Return the image (48 x 48) with a blurred one in place of what is marked."""
+    """Return the image (48 x 48) with the marked pixels replaced by a blurred copy."""
     small = Image.fromarray(image).resize((6, 6), Image.Resampling.BOX)
     return np.where(marked, small.resize(image.shape, Image.Resampling.BICUBIC), image)
 
 
 def mark(heat_map):
-    """Return the tenth of the pixels where a map is highest (bool, 48 x 48)."""
+    """Mark the tenth of the pixels where a map is highest (bool, 48 x 48)."""
     marked = np.zeros(heat_map.size, bool)
     marked[np.argsort(-heat_map.ravel(), kind="stable")[:COVERED]] = True
     return marked.reshape(heat_map.shape)
 
 
 def falls(model, images, marks, cover):
-    """Return by how much the emotion's probability falls on average, and how often it changes."""
+    """Return, as text, the mean drop of the probability and how often the prediction changes."""
     covered = np.stack([cover(image, marked) for image, marked in zip(images, marks)])
     before, after = [script.classify_faces(model, faces[..., np.newaxis])
                      for faces in (images, covered)]
@@ -92,7 +92,7 @@ def falls(model, images, marks, cover):
 
 
 def random_square(rng):
-    """Return the mark of a square as large as the tenth of an image, anywhere in it."""
+    """Mark a square at a random position that covers a tenth of the image."""
     marked = np.zeros((script.SIZE, script.SIZE), bool)
     side = round(COVERED**0.5)
     top, left = rng.integers(0, script.SIZE - side + 1, 2)
@@ -106,10 +106,10 @@ def main():
     images = rng.choice(data.validation.images[..., 0], IMAGES, replace=False)
     seen = script.classify_faces(model, images[..., np.newaxis]).argmax(axis=1)
 
-    print(f"\n{IMAGES} validation images, {COVERED} of {script.SIZE**2} pixels covered; fall of "
+    print(f"\n{IMAGES} validation images, {COVERED} of {script.SIZE**2} pixels covered; drop of "
           "the probability in percentage points\n")
-    print("| marked by | ms | grey: fall | changed | another image's, grey: fall | changed "
-          "| blurred: fall | changed |\n" + "| --- " * 8 + "|")
+    print("| method | ms per map | drop, grey | changed, grey | drop, other map | changed, other "
+          "map | drop, blurred | changed, blurred |\n" + "| --- " * 8 + "|")
     for name, method in (("Grad-CAM", grad_cam), ("HiResCAM", hires_cam),
                          ("occlusion", script.occlusion_map)):
         started = time.perf_counter()
@@ -121,7 +121,7 @@ def main():
               f"{falls(model, images, of_others, cover_with_grey)} | "
               f"{falls(model, images, marks, cover_with_blur)} |", flush=True)
     marks = [random_square(rng) for _ in images]
-    print(f"| a square at random | | {falls(model, images, marks, cover_with_grey)} | | | "
+    print(f"| random square | | {falls(model, images, marks, cover_with_grey)} | | | "
           f"{falls(model, images, marks, cover_with_blur)} |")
 
 

@@ -1,4 +1,4 @@
-"""What the scripts beside this one share that measure the included network."""
+"""Functions for the programs in this folder that measure the included network."""
 
 import argparse
 import sys
@@ -11,19 +11,19 @@ import emotion_recognition_cnn as script  # noqa: E402
 
 
 def load_included(description):
-    """Read --data-dir from the command line; return the included network and that Data."""
+    """Return the included network and the dataset in --data-dir, from the command line."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", required=True, help="folder that holds train/ and test/")
+    parser.add_argument("--data-dir", required=True, help="folder that contains train/ and test/")
     options = parser.parse_args()
     network, = ROOT.glob(f"docs/runs/*/{script.NETWORK_FILE}")
     model, emotions = script.load_network(network)
     data = script.load_data(options.data_dir)
     if emotions != data.emotions:
-        sys.exit(f"error: the network knows {emotions}, the images show {data.emotions}")
+        sys.exit(f"error: the network has the emotions {emotions}, the dataset {data.emotions}")
     return model, data
 
 
 def accuracy(probabilities, labels):
-    """Return the share of correct answers among probabilities (n x classes), as a text."""
+    """Return the accuracy of probabilities (n x classes), as text."""
     return f"{100 * (probabilities.argmax(axis=1) == labels).mean():.1f} %"

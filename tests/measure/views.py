@@ -1,10 +1,9 @@
-"""Measure what the views of an image give: one, two or the script's 18, on validation images.
+"""Measure the benefit of averaging over 1, 2 or 18 views of an image.
 
     python tests/measure/views.py --data-dir data
 
-The probabilities of the views are averaged.  The network is the included one.  Validation are the
-PublicTest images, which the number of views may be chosen on.  Loss is the mean cross-entropy, in
-nats.
+This program evaluates the included network on the validation images (PublicTest).  Loss is the mean
+cross-entropy, in nats.
 """
 
 from included import accuracy, load_included, script
@@ -19,7 +18,7 @@ def main():
     for views, number, probabilities in (
             ("the image", 1, upright),
             ("the image and its mirror image", 2, (upright + mirrored) / 2),
-            ("three sizes at three heights, and all of them mirrored", len(script.VIEWS),
+            ("three sizes at three heights, and their mirror images", len(script.VIEWS),
              script.classify_faces(model, images))):
         losses = script.keras.losses.sparse_categorical_crossentropy(labels, probabilities)
         print(f"| {views} | {number} | {accuracy(probabilities, labels)} | "
