@@ -1,7 +1,7 @@
 """Train a small convolutional network to recognise facial emotions in FER-2013.
 
     python emotion_recognition_cnn.py           train on FER-2013, from data/ or downloaded
-    python emotion_recognition_cnn.py --demo    train on drawn faces; nothing is downloaded
+    python emotion_recognition_cnn.py --demo    train on cartoon faces; nothing is downloaded
     python emotion_recognition_cnn.py --predict PHOTO    classify the faces in a photo
 
 The network has two convolution blocks and two dense layers.  The script chooses the best epoch on
@@ -35,17 +35,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# Not if imported, or started with %run.  This must come before Keras, which imports IPython.
+# Skip this if imported or started with %run.  It must come before Keras, which imports IPython.
 if __name__ == "__main__" and "IPython" not in sys.modules:
     warnings.simplefilter("ignore")
     if hasattr(sys.stdout, "reconfigure"):  # IDLE's stdout does not have it
         # Print each line at once, and escape characters that the terminal cannot show.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     os.environ["MPLBACKEND"] = "agg"  # Jupyter sets its own backend for every program it starts
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as with nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # False in a background job
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 os.environ["KERAS_BACKEND"] = "tensorflow"
-# oneDNN makes bfloat16 up to 60 times faster.  TensorFlow's log suggests to set this to 0.
+# oneDNN makes bfloat16 up to 60 times faster.  TensorFlow's log suggests setting this to 0.
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # TensorFlow otherwise allocates all GPU memory, and the kernel of a notebook may need some.
@@ -95,7 +95,7 @@ CHECKPOINT_FILE = "checkpoint.npz"
 UNFINISHED_RUN = ("{} contains an unfinished run. If it was interrupted, continue it with --resume "
                   "or delete the folder. If it is still running, choose another --output-dir")
 
-with contextlib.suppress(ImportError):  # optional: photos of iPhones and some cameras
+with contextlib.suppress(ImportError):  # optional: photos from iPhones, some cameras
     importlib.import_module("pi_heif").register_heif_opener()
 HEIF_EXTENSIONS = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 UNSUPPORTED_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow cannot decode these
@@ -153,7 +153,7 @@ def find_dataset():
         return "data"
     try:
         kagglehub = import_optional("kagglehub", "the download")
-        # With a version number, kagglehub finds a copy in its cache without a network.
+        # With a version number, kagglehub finds a copy in its cache when offline.
         return kagglehub.dataset_download("msambare/fer2013/versions/1")
     except Exception as error:  # many kinds: network, HTTP status, archive, disk, cache
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
@@ -161,7 +161,7 @@ def find_dataset():
         raise InputError(
             f"there is no data/ folder, and FER-2013 could not be downloaded ({reason}). Download "
             "https://www.kaggle.com/datasets/msambare/fer2013 and unpack it into data/, name "
-            "another folder with --data-dir, or train on drawn faces with --demo") from error
+            "another folder with --data-dir, or train on cartoon faces with --demo") from error
 
 
 def find_folders(data_dir):
@@ -192,9 +192,9 @@ def find_emotions(folders):
     for folder, found in zip(folders, names):
         missing = set.union(*names) - found
         if missing:
-            raise InputError(f"{folder / min(missing)} is missing. All of "
-                             f"{', '.join(f'{folder.name}/' for folder in folders)} must contain "
-                             "the same subfolders, one per emotion")
+            raise InputError(f"{folder / min(missing)} is missing. "
+                             f"{', '.join(f'{folder.name}/' for folder in folders)} must all "
+                             "contain the same subfolders, one per emotion")
     emotions = sorted(names[0])
     if len(emotions) < 2:
         raise InputError(f"{folders[0]} must contain at least two subfolders, one per emotion")
@@ -228,7 +228,7 @@ def to_uint8(array):
         array = array.round().astype("uint8") if array.min(initial=0) >= 0 else array
     if not has_shape or array.dtype != "uint8":
         raise ValueError("an array must be H x W, H x W x 1 or H x W x 3 (RGB), of uint8 or of "
-                         f"floats from 0 to 255; this one is {array.dtype}, "
+                         f"floats from 0 to 255 (not 0 to 1); this one is {array.dtype}, "
                          f"{' x '.join(map(str, array.shape))}")
     return array
 
@@ -329,9 +329,9 @@ def split(part, chosen):
 def hold_out_validation(training, test, test_paths):
     """Return training, validation and test images for a dataset without a validation folder.
 
-    The validation images are the PublicTest images of test/.  If the file names of test/ do not
-    distinguish these from PrivateTest images, they are every tenth image of each emotion in train/.
-    Raises InputError if only some names do, or if train/ is too small.
+    The validation images are the PublicTest images of test/ if all its files are named PublicTest_*
+    or PrivateTest_*; otherwise, they are every tenth image of each emotion in train/.  Raises
+    InputError if only some files have such names, or if train/ is too small.
     """
     prefixes = np.array([path.name.partition("_")[0] for path in test_paths])
     is_official = np.isin(prefixes, ("PublicTest", "PrivateTest"))
@@ -402,7 +402,7 @@ def create_CNN(classes, epochs=EPOCHS):
         # Pooling before normalisation and ReLU leaves them a ninth of the work.
         layers.Conv2D(32, 5, padding="same", use_bias=False),
         layers.MaxPooling2D(4, strides=3, padding="same"),  # 48 x 48 to 16 x 16
-        layers.LayerNormalization(),  # across the filters at each position: removes local contrast
+        layers.LayerNormalization(),  # across the filters at each position: evens out contrast
         layers.ReLU(),
         layers.Conv2D(384, 3, use_bias=False),
         layers.MaxPooling2D(7, strides=3, padding="same"),  # 14 x 14 to 5 x 5
@@ -527,7 +527,7 @@ def atomic_write(path):
 
 
 def save_checkpoint(path, state, arrays):
-    """Save a dict for JSON and a list of arrays."""
+    """Save a JSON-compatible dict and a list of arrays."""
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, *map(np.asarray, arrays), state=json.dumps(state))
         file.flush()
@@ -535,7 +535,7 @@ def save_checkpoint(path, state, arrays):
 
 
 def check_no_checkpoint(path):
-    """Raise InputError if there is a checkpoint, unless a run was killed before it was written."""
+    """Raise InputError if there is a checkpoint; delete an empty one, which a killed run left."""
     if path.exists() and not path.stat().st_size:
         path.unlink()
     if path.exists():
@@ -581,7 +581,7 @@ def load_checkpoint(path, with_arrays=True):
 
 
 def describe_run(model, data, **settings):
-    """Return the settings that a resumed run must share: a dict for JSON."""
+    """Return the settings that a resumed run must share, as a JSON-compatible dict."""
     arrays = *data.training, *data.validation, *data.test
     checksum = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     return settings | {
@@ -611,9 +611,9 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
     """Train `model` on Data with AdamW; the learning rate decays to 0 along a cosine.
 
     `checkpoint` is the path of a file that is saved after each epoch, together with plots of the
-    history.  `source`, a dict for JSON, is saved in it for the caller.  With `resume`, training
-    continues from the checkpoint and ends as if it had never been interrupted; without `resume`,
-    the file must not exist.
+    history.  `source`, a JSON-compatible dict, is saved in it for the caller.  With `resume`,
+    training continues from the checkpoint and ends as if it had never been interrupted; without
+    `resume`, the file must not exist.
 
     Afterwards, `model` has the weights of the epoch with the highest validation accuracy, computes
     in float32, and is compiled for evaluation.  Returns the history, a dict of lists with one value
@@ -663,7 +663,7 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
             print(f"about {minutes} min of training left")
     model.set_weights(best_weights)
     for layer in model.layers:
-        layer.dtype_policy = "float32"  # any machine can compute in it
+        layer.dtype_policy = "float32"  # every machine supports it
     # SGD has no state; the state of AdamW would make the file of the network three times as large.
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return history
@@ -915,7 +915,7 @@ def save_network(model, emotions, path):
 def load_network(path):
     """Return the network and the emotions that `save_network` saved.
 
-    Raises InputError if the file cannot be read or is not such a network.
+    Raises InputError if the file cannot be read or was not saved by it.
     """
     try:
         model = keras.models.load_model(path, compile=False)
@@ -926,8 +926,8 @@ def load_network(path):
     except Exception as error:  # from zipfile, JSON, h5py or Keras, whose last line is the cause
         reason = str(error).strip().rpartition("\n")[2]
         raise InputError(
-            f"{path} is damaged, is not a network of this script, or was saved by another version "
-            f"of Keras than {keras.__version__} ({reason}). Train a network, or name another "
+            f"{path} is damaged, is not a network of this script, or was saved by a Keras version "
+            f"other than {keras.__version__} ({reason}). Train a network, or name another "
             "folder with --output-dir") from error
     return model, emotions
 
@@ -1041,7 +1041,7 @@ def occlusion_map(model, face, label):
     """Return how much each part of a face supports an emotion (48 x 48).
 
     Takes the network's input (uint8, 48 x 48) and the index of the emotion.  A square of
-    8 x 8 pixels in the face's mean grey covers the face in 11 x 11 positions, 4 pixels apart.  The
+    8 x 8 pixels in the face's mean grey is moved to 11 x 11 positions, 4 pixels apart.  The
     value of a pixel is the mean decrease in the emotion's probability over the squares that cover
     the pixel, for a single view.
     Zeiler and Fergus (2014), arXiv:1311.2901; tests/measure/heat_maps.py compares with Grad-CAM.
@@ -1098,7 +1098,7 @@ def draw_photo(photo, faces, model, path):
         plain.set_ylabel(f"{number} {face['emotion']}", rotation=0, ha="right", va="center")
         for axes in plain, marked:
             axes.imshow(crop, cmap="gray", vmin=0, vmax=255)
-        strongest = max(heat_map.max(), 0.01)  # does not amplify less than a percentage point
+        strongest = max(heat_map.max(), 0.01)  # keeps drops of less than a percentage point faint
         marked.imshow(heat_map, cmap=heat, vmin=0, vmax=strongest)
         if number == 1:
             plain.set_title("input", size=11)
@@ -1111,7 +1111,7 @@ def draw_photo(photo, faces, model, path):
 
 
 def save_picture(photo, faces, model, path, output_dir):
-    """Draw a photo that was read from `path` into predictions/; return whether this succeeded."""
+    """Save a picture of a photo in predictions/; return whether this succeeded."""
     # The checksum distinguishes photos with the same name.  A file name must not exceed 255 bytes.
     path_checksum = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
     picture = Path(output_dir, "predictions", f"{path.stem[:50]}-{path_checksum}.emotions.jpg")
@@ -1184,7 +1184,7 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
     return succeeded
 
 
-# --- Drawn faces ----------------------------------------------------------------------------------
+# --- Cartoon faces --------------------------------------------------------------------------------
 # After the action units of Ekman and Friesen's Facial Action Coding System.  Brow, eye (half its
 # height) and mouth (half its width) are fractions of half the face; smile and opening are fractions
 # of the mouth's width.
@@ -1213,7 +1213,7 @@ def draw_face(emotion, rng):
     image = Image.new("L", (192, 192), background)
     draw = ImageDraw.Draw(image)
 
-    def place(*points):  # points in half faces from the middle
+    def place(*points):  # points relative to the middle, in units of half
         return [tuple(middle + half * point) for point in points]
 
     draw.ellipse(place((-1, -1), (1, 1)), skin)
@@ -1237,8 +1237,8 @@ def draw_face(emotion, rng):
 
 
 def draw_faces(folder, seed):
-    """Save drawn faces in `folder`, with the layout and the file names of Kaggle's FER-2013."""
-    print("Drawing faces (accuracy on drawn faces says nothing about real faces)")
+    """Save cartoon faces in `folder`, with the layout and the file names of Kaggle's FER-2013."""
+    print("Drawing faces (accuracy on cartoon faces says nothing about real faces)")
     rng = np.random.default_rng(seed)
     for part, prefix, count in (("train", "Training", 300), ("test", "PublicTest", 50),
                                 ("test", "PrivateTest", 50)):
@@ -1296,8 +1296,8 @@ def parse_command_line(arguments):
     data.add_argument("--data-dir", type=os.path.abspath, metavar="DIR",
                       help="folder that contains train/ and test/ (default: data or, if it is "
                       "missing, a download of FER-2013)")
-    data.add_argument("--demo", action="store_true", help="train on drawn faces; nothing is "
-                      "downloaded")
+    data.add_argument("--demo", action="store_true", help="train on cartoon faces, "
+                      "download nothing")
     training.add_argument("--crop-faces", action="store_true",
                           help="cut out the largest face of each image; skip images without one")
     training.add_argument("--epochs", type=number_between(1, 100_000, int), metavar="N",
@@ -1336,7 +1336,7 @@ def parse_command_line(arguments):
     else:
         useless = given & {"--no-detect", "--json"}
     if useless:
-        parser.error(f"no effect with these options: {', '.join(sorted(useless))}. Remove it")
+        parser.error(f"remove {', '.join(sorted(useless))}: no effect in this command")
     output_dir, epochs = ("demo", 4) if options.demo else ("output", EPOCHS)
     options.output_dir = options.output_dir or output_dir
     options.epochs = options.epochs or epochs
@@ -1355,7 +1355,7 @@ def end_program(reason, status, checkpoint=None):
 
 @contextlib.contextmanager
 def program_errors(options, checkpoint):
-    """Report Ctrl-C and errors that the user can fix in one line, and exit."""
+    """Report Ctrl-C, and errors that the user can fix, in one line; then exit."""
     resumable = None if options.predict else checkpoint
     interrupted = False
 
@@ -1369,7 +1369,7 @@ def program_errors(options, checkpoint):
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except BrokenPipeError:  # the program that reads the output has ended, such as `head`
+    except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         os._exit(141)  # 141 and 130 are the statuses that a shell reports
     except BaseException as error:
         if interrupted:

@@ -246,7 +246,7 @@ def test_table_of_layers_matches_the_network():
     for layer in model.layers:
         shape = " x ".join(map(str, layer.output.shape[1:]))
         assert f"| {type(layer).__name__} | {shape} | {layer.count_params():,} |" in results
-    assert f"| all | | {model.count_params():,} |" in results
+    assert f"| total | | {model.count_params():,} |" in results
     assert f"{model.count_params():,} parameters" in (ROOT / "README.md").read_text()
 
 

@@ -85,8 +85,8 @@ def test_two_folders_for_validation_or_one_without_an_emotion_are_errors(tmp_pat
     make_dataset(tmp_path)
     shutil.copytree(tmp_path / "train", tmp_path / "val")
     shutil.rmtree(tmp_path / "val/sad")
-    with pytest.raises(script.InputError, match="val/sad is missing. All of train/, val/, "
-                       "test/ must contain"):
+    with pytest.raises(script.InputError, match="val/sad is missing. train/, val/, "
+                       "test/ must all contain"):
         script.load_data(tmp_path)
     (tmp_path / "valid").mkdir()
     with pytest.raises(script.InputError, match="/val and .*/valid both exist"):

@@ -787,7 +787,7 @@ def network_of_another_keras(path):
     (None, ["there is no ", "Train a network", "--output-dir"]),
     (lambda path: path.write_bytes(b"not a network"),
      ["damaged", "Train a network", "--output-dir"]),
-    (network_of_another_keras, ["another version of Keras than " + keras.__version__, "argument"]),
+    (network_of_another_keras, ["a Keras version other than " + keras.__version__, "argument"]),
     (foreign_model, ["network of this script"]),
     (network_without_names, ["network of this script", "emotions.json"]),
     (network_of_other_emotions, ["network of this script"])])

@@ -51,8 +51,8 @@ INGREDIENTS = {
         'layers.MaxPooling2D(7, strides=3, padding="same")':
             'layers.MaxPooling2D(3, padding="same")'},
     "half of the second convolution's filters": {"Conv2D(384,": "Conv2D(192,"},
-    "half of the dense layer": {"Dense(512,": "Dense(256,"},
-    "dropout of whole filters": {
+    "half of the first dense layer": {"Dense(512,": "Dense(256,"},
+    "dropout of whole feature maps": {
         "layers.SpatialDropout2D(0.18 * ": "layers.Dropout(0.25 * "},
     "dropout": {"layers.SpatialDropout2D(0.18 * dropout),": "",
                 "layers.Dropout(0.4 * dropout),": ""},
