@@ -21,6 +21,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -71,6 +72,7 @@ finally:
     os.close(stderr_copy)
 
 tf.get_logger().setLevel("ERROR")  # no warning when several networks are traced in one process
+logging.getLogger("matplotlib.font_manager").setLevel("ERROR")  # no warning for missing fonts
 # Override the user's keras.json.
 keras.config.set_image_data_format("channels_last")
 keras.config.set_floatx("float32")
@@ -86,7 +88,8 @@ AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_rang
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_range",
           "height_shift_range", "shear_range", "zoom_range"}
-VERBOSE = 1 if sys.stdout.isatty() else 2  # of fit(): a progress bar, or one line per epoch
+# Of fit(): a progress bar, or one line per epoch.  In windowed programs, sys.stdout is None.
+VERBOSE = 1 if sys.stdout and sys.stdout.isatty() else 2
 
 # Options that describe a run.
 SETTINGS = "demo", "crop_faces", "epochs", "batch_size", "learning_rate", "precision", "seed"
@@ -222,7 +225,7 @@ def to_uint8(array):
     """Return an image (H x W, H x W x 1 or H x W x 3; uint8, or floats from 0 to 255) as uint8."""
     if array.shape[2:] == (1,):
         array = array[:, :, 0]
-    has_shape = array.ndim == 2 or array.shape[2:] == (3,)
+    has_shape = array.size and (array.ndim == 2 or array.shape[2:] == (3,))
     highest = array.max(initial=0)  # floats of up to 1 have been scaled to another range
     if np.issubdtype(array.dtype, np.floating) and (highest == 0 or 1 < highest <= 255):
         array = array.round().astype("uint8") if array.min(initial=0) >= 0 else array
@@ -242,7 +245,7 @@ def open_image(photo):
     name = photo if isinstance(photo, (str, os.PathLike)) else f"this {type(photo).__name__}"
     try:
         if isinstance(photo, np.ndarray):
-            image = Image.fromarray(to_uint8(photo))
+            image = Image.fromarray(to_uint8(np.asarray(photo)))
         elif isinstance(photo, Image.Image):
             image = photo
         elif isinstance(photo, (str, os.PathLike)) or hasattr(photo, "read"):
@@ -280,7 +283,7 @@ def read_faces(paths, crop_faces):
         box = max(find_faces(photo), key=lambda box: box[2] - box[0], default=None)
         return box and cut_out(np.asarray(photo), box), False
 
-    progress = keras.utils.Progbar(len(paths), verbose=1 if sys.stdout.isatty() else 0)
+    progress = keras.utils.Progbar(len(paths), verbose=1 if VERBOSE == 1 else 0)
     faces, large = [], 0
     # Threads hide the delay of a network drive.  MTCNN uses all cores already.
     with ThreadPoolExecutor(1 if crop_faces else 8) as threads:

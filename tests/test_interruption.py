@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import (
     OUTPUTS, RUN, assert_same_run, changed_script, flat, foreign_model, kept_history,
-    read_history, start, wait_for_checkpoint)
+    read_history, script, start, wait_for_checkpoint)
 
 
 def names(folder):
@@ -174,13 +174,14 @@ def small_disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize(("megabytes", "epochs"), [(40, None), (120, 0)])
+@pytest.mark.parametrize(("networks", "epochs"), [(2, None), (6, 0)])
 def test_full_disk(
-        small_dataset, small_disk, whole_run, tmp_path, run_here, megabytes, epochs):
-    """A checkpoint takes 80 MB, and the previous one stays until the new one is complete."""
-    disk = small_disk(megabytes)
+        small_dataset, small_disk, whole_run, tmp_path, run_here, networks, epochs):
+    """A checkpoint takes as much as four networks; the previous one stays until it is complete."""
+    network = (whole_run / "output" / script.NETWORK_FILE).stat().st_size / 1e6
+    disk = small_disk(round(networks * network))
     output = disk / "output"
-    shutil.copytree(whole_run / "output", output)  # earlier results: 21 MB
+    shutil.copytree(whole_run / "output", output)  # earlier results: 1 MB more than a network
     before = contents(output)
     process = run_here("--data-dir", small_dataset, *RUN[:-1], output, cwd=tmp_path)
     assert process.returncode == 2
@@ -191,7 +192,8 @@ def test_full_disk(
         return
     assert names(output / "unfinished") == {"checkpoint.npz"}
     assert len(kept_history(output)["epoch"]) == epochs
-    subprocess.run(["mount", "-o", "remount,size=400m", disk], check=True)  # free some space
+    more = f"remount,size={round(20 * network)}m"
+    subprocess.run(["mount", "-o", more, disk], check=True)
     process = run_here("--resume", "--output-dir", output, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert_same_run(disk, whole_run)

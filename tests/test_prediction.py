@@ -225,8 +225,9 @@ def test_an_input_that_is_not_a_photo_is_an_error(network, tmp_path):
 @pytest.mark.parametrize("array", [
     np.full((60, 60, 3), 0.5), np.full((60, 60), 256.0), np.full((60, 60), -3.0),
     np.full((60, 60), np.nan), np.zeros((60, 60), "int64"), np.zeros((60, 60, 4), "uint8"),
-    np.zeros((1, 60, 60, 1), "uint8"), np.zeros(60, "uint8"), np.zeros((60, 60, 2), "uint8")],
-    ids=lambda array: f"{array.dtype} {array.shape} {array.max()}")
+    np.zeros((1, 60, 60, 1), "uint8"), np.zeros(60, "uint8"), np.zeros((60, 60, 2), "uint8"),
+    np.zeros((0, 60, 3), "uint8"), np.zeros((60, 0))],
+    ids=lambda array: f"{array.dtype} {array.shape} {array.max(initial=0)}")
 def test_the_error_for_other_arrays_describes_them(network, array):
     with pytest.raises(script.InputError, match="^this ndarray cannot be read as an image: an "
                        f"array must be .*; this one is {array.dtype}, {array.shape[0]}"):
