@@ -207,18 +207,19 @@ def find_emotions(folders):
 
 
 def find_images(folder):
-    """Return the images in a folder and its subfolders, sorted, without hidden files.
-
-    Prints to stderr how many files it skips because they are not images.
-    """
+    """Return the images and the other files in a folder and its subfolders, but no hidden files."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()
              and not any(name.startswith(".") for name in path.relative_to(folder).parts)]
     images = [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
-    if len(images) < len(files):
-        others = sorted({path.suffix or path.name for path in set(files) - set(images)})
-        print(f"{folder}: skipped {len(files) - len(images)} of {len(files)} files that are not "
-              f"images ({', '.join(others)})", file=sys.stderr)
-    return images
+    return images, sorted(set(files) - set(images))
+
+
+def report_skipped(folder, images, others):
+    """Print to stderr how many files in a folder are skipped because they are not images."""
+    if others:
+        extensions = ", ".join(sorted({path.suffix or path.name for path in others}))
+        print(f"{folder}: skipped {len(others)} of {len(images) + len(others)} files that are not "
+              f"images ({extensions})", file=sys.stderr)
 
 
 def to_uint8(array):
@@ -301,13 +302,15 @@ def read_images(folder, emotions, crop_faces):
     Returns paths, images (uint8, n x 48 x 48 x 1) and labels (int, n).  Raises InputError if an
     image cannot be read, or if there are no images of an emotion.
     """
-    paths, labels = [], []
+    paths, labels, others = [], [], []
     for label, emotion in enumerate(emotions):
-        found = find_images(folder / emotion)
+        found, skipped = find_images(folder / emotion)
         if not found:
             raise InputError(f"{folder / emotion} contains no images, such as .jpg or .png")
         paths += found
         labels += [label] * len(found)
+        others += skipped
+    report_skipped(folder, paths, others)
     faces, large = read_faces(paths, crop_faces)
     if large:
         print(f"{folder}: {large:,} of {len(paths):,} images are larger than {MAX_CROP_SIZE} "
@@ -665,8 +668,9 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
         if minutes:
             print(f"about {minutes} min of training left")
     model.set_weights(best_weights)
+    # With any policy, variables are float32, so that built layers can change to float32 in place.
     for layer in model.layers:
-        layer.dtype_policy = "float32"  # every machine supports it
+        layer.dtype_policy = "float32"
     # SGD has no state; the state of AdamW would make the file of the network three times as large.
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return history
@@ -1134,7 +1138,8 @@ def find_photos(paths):
         # On Windows, the shell does not expand patterns such as *.jpg.
         names = [name] if os.path.exists(name) else sorted(glob.glob(str(name))) or [name]
         for path in map(Path, names):
-            found = find_images(path) if path.is_dir() else []
+            found, others = find_images(path) if path.is_dir() else ([path], [])
+            report_skipped(path, found, others)
             found = [photo for photo in found if not photo.name.endswith(".emotions.jpg")]
             photos += found or [path]  # a folder without photos is reported as unreadable later
     return photos

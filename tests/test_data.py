@@ -186,7 +186,7 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(t
     assert output == (f"{tmp_path / 'train'}: 2 of 8 images are larger than 64 "
                       "pixels. If they show more than the face, use --crop-faces\n")
     assert errors == (
-        f"{tmp_path / 'train/happy'}: skipped 3 of 4 files that are not images (.db, "
+        f"{tmp_path / 'train'}: skipped 3 of 11 files that are not images (.db, "
         ".txt)\n")
 
 
