@@ -83,7 +83,7 @@ EPOCHS = 44
 BATCH_SIZE = 128
 LEARNING_RATE = 0.006  # initial learning rate; decays to 0 along a cosine
 WEIGHT_DECAY = 0.004
-# Arguments of ImageDataGenerator, for the training images; shifts are fractions of the image.
+# Arguments of ImageDataGenerator, for the training images.
 AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_range": 0.1,
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_range",
@@ -91,6 +91,7 @@ AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_ran
 # Of fit(): a progress bar, or one line per epoch.  In windowed programs, sys.stdout is None.
 VERBOSE = 1 if sys.stdout and sys.stdout.isatty() else 2
 
+CPU_INFO = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
 # Options that describe a run.
 SETTINGS = "demo", "crop_faces", "epochs", "batch_size", "learning_rate", "precision", "seed"
 NETWORK_FILE = "emotion_recognition_cnn.keras"
@@ -357,15 +358,6 @@ def hold_out_validation(training, test, test_paths):
     return training, validation, test
 
 
-def check_augmentation():
-    """Raise InputError if `random_transforms` does not support AUGMENTATION."""
-    for name, value in AUGMENTATION.items():
-        if name not in AFFINE:
-            raise InputError(f"AUGMENTATION: {name} is not affine. Use a layer in create_CNN")
-        if "shift" in name and not isinstance(value, float):
-            raise InputError(f"AUGMENTATION: {name} must be a fraction of the image, such as 0.1")
-
-
 def load_data(data_dir, crop_faces=False):
     """Load FER-2013, or a dataset with the same layout, into memory; return Data.
 
@@ -374,7 +366,9 @@ def load_data(data_dir, crop_faces=False):
     `hold_out_validation`.  With `crop_faces`, the largest face of each image is cut out, framed as
     in `find_faces`.  Raises InputError if the dataset cannot be used.
     """
-    check_augmentation()
+    unsupported = set(AUGMENTATION) - AFFINE
+    if unsupported:
+        raise InputError(f"AUGMENTATION: {min(unsupported)} is not affine. Use a layer instead")
     folders = find_folders(Path(data_dir))
     print(f"Reading {data_dir}: {', '.join(folder.name for folder in folders)}")
     emotions = find_emotions(folders)
@@ -443,7 +437,7 @@ def random_transforms(generator, count, random):
     numbers = low + (high - low) * random.random_sample((count, len(limits)))
     drawn = dict(zip(limits, numbers.T))
     for shift in {"tx", "ty"} & set(limits):
-        drawn[shift] *= SIZE
+        drawn[shift] *= SIZE if ranges[shift] < 1 else 1  # a fraction of the image, or pixels
     drawn["flip_horizontal"] = (drawn["flip_horizontal"] < 0.5) & generator.horizontal_flip
     drawn["flip_vertical"] = (drawn["flip_vertical"] < 0.5) & generator.vertical_flip
     return drawn
@@ -586,14 +580,10 @@ def load_checkpoint(path, with_arrays=True):
                          "Delete its folder and start again") from error
 
 
-def describe_run(model, data, **settings):
-    """Return the settings that a resumed run must share, as a JSON-compatible dict."""
+def checksum(data):
+    """Return the SHA-256 of the images and labels of Data."""
     arrays = *data.training, *data.validation, *data.test
-    checksum = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    return settings | {
-        "weight_decay": WEIGHT_DECAY, "precision": keras.config.dtype_policy().name,
-        "number_of_parameters": model.count_params(), "augmentation": str(AUGMENTATION),
-        "metrics": str(model.get_compile_config()["metrics"]), "images": checksum}
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def restore_checkpoint(path, run, history, variables):
@@ -635,8 +625,11 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
     variables = model.variables + model.optimizer.variables
     history, best_weights = {"epoch": []}, model.get_weights()
     if checkpoint:
-        run = describe_run(model, data, epochs=epochs, batch_size=batch_size,
-                           learning_rate=learning_rate, seed=seed)
+        run = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
+               "weight_decay": WEIGHT_DECAY, "seed": seed,
+               "precision": keras.config.dtype_policy().name,
+               "number_of_parameters": model.count_params(), "augmentation": str(AUGMENTATION),
+               "metrics": str(model.get_compile_config()["metrics"]), "images": checksum(data)}
         state = {"source": source, "run": run, "history": history}  # the history grows below
         if resume:
             best_weights = restore_checkpoint(checkpoint, run, history, variables)
@@ -933,9 +926,9 @@ def load_network(path):
     except Exception as error:  # from zipfile, JSON, h5py or Keras, whose last line is the cause
         reason = str(error).strip().rpartition("\n")[2]
         raise InputError(
-            f"{path} is damaged, is not a network of this script, or was saved by a Keras version "
-            f"other than {keras.__version__} ({reason}). Train a network, or name another "
-            "folder with --output-dir") from error
+            f"{path} is missing or damaged, is not a network of this script, or was saved by a "
+            f"Keras version other than {keras.__version__} ({reason}). Train a network, or name "
+            "another folder with --output-dir") from error
     return model, emotions
 
 
@@ -1145,19 +1138,6 @@ def find_photos(paths):
     return photos
 
 
-def find_network(output_dir):
-    """Return the path of the network in `output_dir` or, if there is none, of the included one."""
-    network = Path(output_dir, NETWORK_FILE)
-    included = Path(__file__).resolve().parent / "docs" / "runs" / "88-0" / NETWORK_FILE
-    if network.exists():
-        return network
-    if not included.exists():
-        raise InputError(f"there is no {network}. Train a network first, or name its folder with "
-                         "--output-dir")
-    print(f"no network in {output_dir} yet: using {included}", file=sys.stderr)
-    return included
-
-
 def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
     """Classify the faces in photos and in folders of photos with the network in `output_dir`.
 
@@ -1167,7 +1147,11 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
     written.  Returns whether all photos were read and all pictures written.  Raises InputError if
     the network or the face detector cannot be loaded.
     """
-    model, emotions = load_network(find_network(output_dir))
+    network = Path(output_dir, NETWORK_FILE)
+    if not network.exists():
+        network = Path(__file__).resolve().parent / "docs" / "runs" / "88-0" / NETWORK_FILE
+        print(f"no network in {output_dir} yet: using {network}", file=sys.stderr)
+    model, emotions = load_network(network)
     photos, succeeded = find_photos([paths] if isinstance(paths, (str, Path)) else paths), True
     for number, path in enumerate(photos, 1):
         try:
@@ -1258,18 +1242,12 @@ def draw_faces(folder, seed):
 
 
 # --- Command line ---------------------------------------------------------------------------------
-def cpu_info():
-    """Return Linux's description of the CPU; an empty string on other systems."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
 def hardware_name():
     """Return the name of the GPU, or of the CPU if there is no GPU."""
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
-    name = cpu_info().partition("model name\t: ")[2].partition("\n")[0]
+    name = CPU_INFO.partition("model name\t: ")[2].partition("\n")[0]
     return name or platform.processor() or platform.machine()
 
 
@@ -1280,9 +1258,8 @@ def fastest_precision():
         details = tf.config.experimental.get_device_details(gpus[0])
         has_tensor_cores = details.get("compute_capability", (0, 0)) >= (7, 0)
         return "mixed_float16" if has_tensor_cores else "float32"
-    cpu = cpu_info()
     # On Intel CPUs without AMX, bfloat16 takes 1.4 times as long as float32.
-    is_fast = "amx_bf16" in cpu or ("AMD" in cpu and "avx512_bf16" in cpu)
+    is_fast = "amx_bf16" in CPU_INFO or ("AMD" in CPU_INFO and "avx512_bf16" in CPU_INFO)
     return "mixed_bfloat16" if is_fast else "float32"
 
 

@@ -415,12 +415,10 @@ def test_an_epoch_does_not_change_numpys_global_random_state(small_dataset):
 
 
 @pytest.mark.parametrize("augmentation", [
-    {"brightness_range": (0.5, 1)}, {"rescale": 1 / 255}, {"channel_shift_range": 20},
-    {"width_shift_range": 4}, {"height_shift_range": [-2, 0, 2]}])
-def test_augmentation_that_is_not_supported_is_an_error(small_dataset, monkeypatch, augmentation):
+    {"brightness_range": (0.5, 1)}, {"rescale": 1 / 255}, {"channel_shift_range": 20}])
+def test_augmentation_that_is_not_affine_is_an_error(small_dataset, monkeypatch, augmentation):
     monkeypatch.setattr(script, "AUGMENTATION", {"zoom_range": 0.1, **augmentation})
-    with pytest.raises(script.InputError, match=f"AUGMENTATION: {[*augmentation][0]} (is not aff"
-                       "ine|must be a fraction)"):
+    with pytest.raises(script.InputError, match=f"AUGMENTATION: {[*augmentation][0]} is not aff"):
         script.load_data(small_dataset)
 
 
