@@ -26,8 +26,6 @@ import emotion_recognition_cnn as script  # noqa: E402  before Keras, to configu
 import keras  # noqa: E402
 
 EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
-OUTPUTS = {"accuracy.png", "loss.png", "confusion_matrix.png", "examples.png", "filters.png",
-           "history.csv", "metrics.json", "emotion_recognition_cnn.keras"}
 RUN = "--epochs", "2", "--batch-size", "16", "--output-dir", "output"
 
 
@@ -97,6 +95,17 @@ def read_history(output_dir):
     with open(Path(output_dir, "history.csv"), newline="") as file:
         return [{name: float(value) for name, value in row.items() if name != "seconds"}
                 for row in csv.DictReader(file)]
+
+
+def expected_files(output_dir):
+    """Return the names of the files of a finished run, with a plot of each metric in its history."""
+    with open(Path(output_dir, "history.csv"), newline="") as file:
+        columns = next(csv.reader(file))
+    metrics = {name for name in columns if f"val_{name}" in columns}
+    assert metrics >= {"accuracy", "loss"}
+    return {f"{name}.png" for name in metrics} | {
+        "confusion_matrix.png", "examples.png", "filters.png", "history.csv", "metrics.json",
+        script.NETWORK_FILE}
 
 
 def kept_history(output_dir):

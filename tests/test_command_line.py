@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ablation
 import pytest
-from conftest import OUTPUTS, ROOT, RUN, SCRIPT, script
+from conftest import ROOT, RUN, SCRIPT, expected_files, script
 from PIL import Image
 
 NETWORK = f"output/{script.NETWORK_FILE}"
@@ -164,7 +164,8 @@ def test_a_folder_that_cannot_be_removed_is_reported_and_blocks_no_run(
         assert process.stdout.splitlines()[-1].startswith("Saved in output: ")
         assert process.stderr.startswith("output/unfinished could not be removed (")
         assert process.stderr.count("\n") == 1
-        assert {path.name for path in (tmp_path / "output").iterdir()} == {*OUTPUTS, "unfinished"}
+        assert {path.name for path in (tmp_path / "output").iterdir()} == {
+            *expected_files(tmp_path / "output"), "unfinished"}
         assert list(own.parent.iterdir()) == [own] and own.read_text() == "Chapter one"
 
 

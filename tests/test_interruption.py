@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import (
-    OUTPUTS, RUN, assert_same_run, changed_script, flat, foreign_model, kept_history,
+    RUN, assert_same_run, changed_script, expected_files, flat, foreign_model, kept_history,
     read_history, script, start, wait_for_checkpoint)
 
 
@@ -40,7 +40,7 @@ def test_a_run_that_is_killed_twice_has_the_same_results_as_an_uninterrupted_one
     process = run_here("--resume", "--output-dir", "output", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert_same_run(tmp_path, whole_run)
-    assert names(tmp_path / "output") == OUTPUTS  # nothing hidden, no unfinished/
+    assert names(tmp_path / "output") == expected_files(tmp_path / "output")  # nothing hidden, no unfinished/
 
 
 def test_ctrl_c_keeps_the_finished_epochs_and_resume_continues(
@@ -116,7 +116,7 @@ def test_of_two_simultaneous_runs_in_a_folder_one_continues(small_dataset, whole
     assert other_errors.startswith("error: ") and other_errors.count("\n") == 1
     assert "output/unfinished" in other_errors and "another --output-dir" in other_errors
     assert_same_run(tmp_path, whole_run)
-    assert names(tmp_path / "output") == OUTPUTS
+    assert names(tmp_path / "output") == expected_files(tmp_path / "output")
 
 
 def test_results_are_replaced_at_the_end_and_a_failing_plot_loses_nothing(
@@ -124,7 +124,7 @@ def test_results_are_replaced_at_the_end_and_a_failing_plot_loses_nothing(
     """The results of an earlier run in the folder stay until the new ones are complete."""
     shutil.copytree(whole_run / "output", tmp_path / "output")
     before = contents(tmp_path / "output")
-    assert set(before) == OUTPUTS
+    assert set(before) == expected_files(tmp_path / "output")
     fit, seen = keras.Sequential.fit, []
 
     def look_and_fit(model, *arguments, **settings):
@@ -141,13 +141,13 @@ def test_results_are_replaced_at_the_end_and_a_failing_plot_loses_nothing(
     assert seen == [True]
     after = contents(tmp_path / "output")
     assert after["emotion_recognition_cnn.keras"] != before["emotion_recognition_cnn.keras"]
-    assert after["filters.png"] == before["filters.png"] and set(after) == OUTPUTS
+    assert after["filters.png"] == before["filters.png"] and set(after) == set(before)
 
     process = run_here("--resume", cwd=tmp_path)  # without training again
     assert process.returncode == 0 and "Epoch" not in process.stdout, process.stderr
     after = contents(tmp_path / "output")
-    assert all(after[name] != before[name] for name in OUTPUTS)
-    assert names(tmp_path / "output") == OUTPUTS
+    assert all(after[name] != before[name] for name in before)
+    assert names(tmp_path / "output") == expected_files(tmp_path / "output")
     epochs = read_history(tmp_path / "output")
     assert len(epochs) == 1 and epochs[0] != read_history(whole_run / "output")[0]  # another seed
 
@@ -188,7 +188,7 @@ def test_full_disk(
     assert process.stderr.count("\n") == 1 and "No space left on device" in process.stderr
     assert contents(output) == before
     if epochs is None:  # a new run is not blocked
-        assert names(output) == OUTPUTS
+        assert names(output) == expected_files(output)
         return
     assert names(output / "unfinished") == {"checkpoint.npz"}
     assert len(kept_history(output)["epoch"]) == epochs
@@ -197,7 +197,7 @@ def test_full_disk(
     process = run_here("--resume", "--output-dir", output, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert_same_run(disk, whole_run)
-    assert names(output) == OUTPUTS
+    assert names(output) == expected_files(output)
 
 
 @pytest.mark.parametrize("change", [

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import (
-    EMOTIONS, OUTPUTS, ROOT, RUN, SCRIPT, assert_same_run, kept_history, make_dataset,
+    EMOTIONS, ROOT, RUN, SCRIPT, assert_same_run, expected_files, kept_history, make_dataset,
     read_history, script, start, wait_for_checkpoint)
 
 
@@ -51,7 +51,7 @@ def test_a_run_is_the_same_through_a_link_in_the_background_and_with_user_settin
     _, errors = process.communicate(timeout=280)
     assert (process.returncode, errors) == (0, "")
     assert_same_run(tmp_path, whole_run)
-    for name in sorted(OUTPUTS):
+    for name in sorted(expected_files(whole_run / "output")):
         if name.endswith(".png"):
             assert (tmp_path / "output" / name).read_bytes() == (
                 whole_run / "output" / name).read_bytes(), name
