@@ -98,7 +98,7 @@ def read_history(output_dir):
 
 
 def expected_files(output_dir):
-    """Return the names of the files of a finished run, with a plot of each metric in its history."""
+    """Return the names of the files of a finished run, with a plot of each metric."""
     with open(Path(output_dir, "history.csv"), newline="") as file:
         columns = next(csv.reader(file))
     metrics = {name for name in columns if f"val_{name}" in columns}

@@ -40,7 +40,8 @@ def test_a_run_that_is_killed_twice_has_the_same_results_as_an_uninterrupted_one
     process = run_here("--resume", "--output-dir", "output", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert_same_run(tmp_path, whole_run)
-    assert names(tmp_path / "output") == expected_files(tmp_path / "output")  # nothing hidden, no unfinished/
+    # Without hidden files and unfinished/.
+    assert names(tmp_path / "output") == expected_files(tmp_path / "output")
 
 
 def test_ctrl_c_keeps_the_finished_epochs_and_resume_continues(
