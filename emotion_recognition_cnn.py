@@ -36,8 +36,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# Skip this if imported or started with %run.  It must come before Keras, which imports IPython.
-if __name__ == "__main__" and "IPython" not in sys.modules:
+# False if imported or started with %run.  It must come before Keras, which imports IPython.
+IS_PROGRAM = __name__ == "__main__" and "IPython" not in sys.modules
+if IS_PROGRAM:
     warnings.simplefilter("ignore")
     if hasattr(sys.stdout, "reconfigure"):  # IDLE's stdout does not have it
         # Print each line at once, and escape characters that the terminal cannot show.
@@ -424,7 +425,8 @@ def random_transforms(generator, count, random):
 
     Returns arguments of `affine_matrices`: a dict of arrays (count).  They are the numbers of
     `generator.get_random_transform`, but drawn from `random` (a RandomState) instead of NumPy's
-    global state, and for FER-2013 in milliseconds instead of half a second.
+    global state, and for FER-2013 in milliseconds instead of half a second.  (Keras draws shifts
+    of 1 or more as whole pixels; here, they are any numbers of pixels in the range.)
     """
     # In Keras, x is the vertical axis.
     ranges = {"theta": generator.rotation_range, "tx": generator.height_shift_range,
