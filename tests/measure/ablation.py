@@ -1,16 +1,20 @@
-"""Measure how much each ingredient of the recipe contributes: train without it.
+"""Measure ingredients of the recipe, and ideas to improve it: train with the script changed.
 
-    python tests/measure/ablation.py --data-dir data --epochs 8 --seeds 0 1
+    python tests/measure/ablation.py --data-dir data
 
-For each ingredient, this program removes or replaces some code of the script and trains a network.
-It evaluates the network on the validation images (PublicTest), with probabilities averaged over
-the script's 18 views.  It does not use the test images.  Loss is the mean cross-entropy, in nats.
+For each ingredient, this program removes or replaces some code of the script; for each idea, it
+adds some.  It trains a network and evaluates it on the validation images (PublicTest), with
+probabilities averaged over the script's 18 views.  It does not use the test images.
 
-With --backend jax, TensorFlow is not needed.  With --jobs, a GPU trains several networks at once.
+Each run is saved in docs/ablation.csv as it ends, and runs that are there are not repeated.  Then
+the program prints the means over the seeds.  Loss is the mean cross-entropy, in nats.
+
+With --backend jax, TensorFlow is not needed.  With --jobs, several networks are trained at once.
 """
 
 import argparse
 import contextlib
+import csv
 import importlib.util
 import io
 import itertools
@@ -21,10 +25,14 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "emotion_recognition_cnn.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "emotion_recognition_cnn.py"
+RUNS = ROOT / "docs" / "ablation.csv"
+COLUMNS = ("change", "epochs", "seed", "precision", "accuracy", "balanced_accuracy", "loss",
+           "minutes", "processor")
 
 # Changes to the code of the script for each Keras backend: old text, new text.
 BACKENDS = {
@@ -38,37 +46,79 @@ BACKENDS = {
 
 # Changes to the code of the script that remove an ingredient: old text, new text.
 INGREDIENTS = {
-    "the whole recipe": {},
-    "standardisation of each image": {
-        "layers.GroupNormalization(groups=1, center=False, scale=False)":
-            "layers.Rescaling(1 / 255)"},
-    "batch normalisation": {"layers.BatchNormalization(momentum=0.9),": ""},
-    "layer normalisation": {
-        "layers.LayerNormalization(),": "layers.BatchNormalization(momentum=0.9),"},
-    "overlap in the first pooling": {
-        'layers.MaxPooling2D(4, strides=3, padding="same")': "layers.MaxPooling2D(3)"},
+    "nothing (the whole recipe)": {},
+    "dropout": {"layers.SpatialDropout2D(0.18 * dropout),": "",
+                "layers.Dropout(0.4 * dropout),": ""},
+    "weaker dropout in shorter runs": {"0.18 * dropout": "0.18", "0.4 * dropout": "0.4"},
     "overlap in the second pooling": {
         'layers.MaxPooling2D(7, strides=3, padding="same")':
             'layers.MaxPooling2D(3, padding="same")'},
     "half of the second convolution's filters": {"Conv2D(384,": "Conv2D(192,"},
     "half of the first dense layer": {"Dense(512,": "Dense(256,"},
+    "class weights": {"np.cbrt(counts.mean() / counts)": "np.ones(len(counts))"},
+    "augmentation": {"ImageDataGenerator(**AUGMENTATION)": "ImageDataGenerator()"},
+    "standardisation of each image": {
+        "layers.GroupNormalization(groups=1, center=False, scale=False)":
+            "layers.Rescaling(1 / 255)"},
+    "layer normalisation": {
+        "layers.LayerNormalization(),": "layers.BatchNormalization(momentum=0.9),"},
+    "batch normalisation": {"layers.BatchNormalization(momentum=0.9),": ""},
+    "overlap in the first pooling": {
+        'layers.MaxPooling2D(4, strides=3, padding="same")': "layers.MaxPooling2D(3)"},
     "dropout of whole feature maps": {
         "layers.SpatialDropout2D(0.18 * ": "layers.Dropout(0.25 * "},
-    "dropout": {"layers.SpatialDropout2D(0.18 * dropout),": "",
-                "layers.Dropout(0.4 * dropout),": ""},
-    "weaker dropout in short runs": {"0.18 * dropout": "0.18", "0.4 * dropout": "0.4"},
     "cosine decay": {"keras.optimizers.AdamW(schedule,": "keras.optimizers.AdamW(learning_rate,"},
-    "augmentation": {"ImageDataGenerator(**AUGMENTATION)": "ImageDataGenerator()"},
-    "class weights": {"np.cbrt(counts.mean() / counts)": "np.ones(len(counts))"},
 }
 
+# Changes to the code of the script that try an idea: old text, new text.
+STANDARDISATION = "        layers.GroupNormalization(groups=1, center=False, scale=False),\n"
+IDEAS = {
+    "shear of up to 10 degrees": {'"zoom_range": 0.1}': '"zoom_range": 0.1, "shear_range": 10}'},
+    "dropout 1.5 times as strong": {"min(epochs / 88, 1)": "1.5 * min(epochs / 88, 1)"},
+    "random blur": {
+        STANDARDISATION: STANDARDISATION + "        layers.RandomGaussianBlur("
+                                           "kernel_size=5, value_range=(-100, 100)),\n"},
+    "noise": {STANDARDISATION: STANDARDISATION + "        layers.GaussianNoise(0.2),\n"},
+    "principal components as first filters": {
+        "    steps = epochs * ": """\
+    images = data.training.images[::10, :, :, 0].astype("float32")
+    images -= images.mean((1, 2), keepdims=True)
+    images /= images.std((1, 2), keepdims=True) + 1
+    patches = np.lib.stride_tricks.sliding_window_view(images, (5, 5), (1, 2))[:, ::4, ::4]
+    patches = patches.reshape(-1, 25)
+    components = np.linalg.eigh(patches.T @ patches)[1][:, -16:]  # those of largest variance
+    filters = np.concatenate([components, -components], axis=1).reshape(5, 5, 1, 32)
+    kernel = next(layer.kernel for layer in model.layers if isinstance(layer, layers.Conv2D))
+    kernel.assign(filters * np.linalg.norm(kernel) / np.linalg.norm(filters))
+    steps = epochs * """},
+    "augmentation that fades over the last quarter": {
+        "        batches = augmented_batches(data,": """\
+        strength = min(1, 4 * (epochs - epoch) / epochs)
+        faded = {name: value if value is True else strength * value
+                 for name, value in AUGMENTATION.items()}
+        batches = augmented_batches(data._replace(augmentation=ImageDataGenerator(**faded)),"""},
+    "stronger augmentation": {
+        '"rotation_range": 10, "width_shift_range": 0.1,':
+            '"rotation_range": 15, "width_shift_range": 0.13,',
+        '"height_shift_range": 0.1, "zoom_range": 0.1}':
+            '"height_shift_range": 0.13, "zoom_range": 0.15}'},
+    "weight decay of 0.02": {"WEIGHT_DECAY = 0.004": "WEIGHT_DECAY = 0.02"},
+    "weight decay of 0.05": {"WEIGHT_DECAY = 0.004": "WEIGHT_DECAY = 0.05"},
+    "batches of 64 images": {"BATCH_SIZE = 128": "BATCH_SIZE = 64",
+                             "LEARNING_RATE = 0.006": "LEARNING_RATE = 0.006 / 2**0.5"},
+    "batches of 256 images": {"BATCH_SIZE = 128": "BATCH_SIZE = 256",
+                              "LEARNING_RATE = 0.006": "LEARNING_RATE = 0.006 * 2**0.5"},
+}
+CHANGES = INGREDIENTS | IDEAS
 
-def without(name, backend="tensorflow"):
-    """Return the code of the script without an ingredient, for a Keras backend."""
+
+def changed_script(change, backend="tensorflow"):
+    """Return the code of the script with a change, for a Keras backend."""
     text = SCRIPT.read_text()
-    for old, new in (INGREDIENTS[name] | BACKENDS[backend]).items():
+    for old, new in (CHANGES[change] | BACKENDS[backend]).items():
         if old not in text:
-            sys.exit(f"error: the script does not contain {old!r}. Update {name!r} or {backend!r}")
+            sys.exit(f"error: the script does not contain {old!r}. Update {change!r} or "
+                     f"{backend!r}")
         text = text.replace(old, new)
     return text
 
@@ -96,11 +146,11 @@ def batches_without_tensorflow(script):
     return Batches
 
 
-def load_script(name, backend):
-    """Return the script without an ingredient as a module, for a Keras backend."""
+def load_script(change, backend):
+    """Return the script with a change as a module, for a Keras backend."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, SCRIPT.name)
-        path.write_text(without(name, backend))
+        path.write_text(changed_script(change, backend))
         specification = importlib.util.spec_from_file_location("script", path)
         script = importlib.util.module_from_spec(specification)
         sys.modules["script"] = script
@@ -110,61 +160,93 @@ def load_script(name, backend):
     return script
 
 
-def measure(name, seed, options):
-    """Train without an ingredient; return accuracy, balanced accuracy, loss and seconds."""
-    script = load_script(name, options.backend)
+def measure(change, seed, options):
+    """Train the script's network with a change; return a row of docs/ablation.csv."""
+    script = load_script(change, options.backend)
+    precision = options.precision or script.fastest_precision()
     script.keras.utils.set_random_seed(seed)
-    script.keras.config.set_dtype_policy(options.precision)
+    script.keras.config.set_dtype_policy(precision)
     with contextlib.redirect_stdout(io.StringIO()):
         start = time.perf_counter()
         data = script.load_data(options.data_dir)
         model = script.create_CNN(len(data.emotions), options.epochs)
         script.train_model(model, data, options.epochs, seed=seed)
-        seconds = time.perf_counter() - start
+        minutes = (time.perf_counter() - start) / 60
         scores, _ = script.evaluate_model(model, data._replace(test=data.validation))
-    return scores["accuracy"], scores["balanced_accuracy"], scores["loss"], seconds
+    processor = script.hardware_name() if options.backend == "tensorflow" else options.backend
+    return dict(zip(COLUMNS, (
+        change, options.epochs, seed, precision, round(float(scores["accuracy"]), 5),
+        round(float(scores["balanced_accuracy"]), 5), round(scores["loss"], 5), round(minutes, 1),
+        processor)))
+
+
+def read_runs(path, epochs):
+    """Return the rows of docs/ablation.csv that are about runs of so many epochs."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if row["epochs"] == str(epochs)]
 
 
 def mean_and_spread(values, style):
     """Return the mean of values, with their standard deviation if there are several, as text."""
-    text = f"{statistics.mean(values):{style}}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):{style}}"
-    return text
+    mean = f"{statistics.mean(values):{style}}"
+    spread = f" ± {statistics.stdev(values):{style}}" if len(values) > 1 else ""
+    return f"{mean}{spread}".replace("% ±", " ±").replace("%", " %")
+
+
+def table(runs, changes, title):
+    """Return a Markdown table of the means over the seeds of each change."""
+    lines = [f"| {title} | accuracy | balanced accuracy | loss | runs | minutes |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for change in changes:
+        rows = [row for row in runs if row["change"] == change]
+        if rows:
+            accuracy, balanced_accuracy, loss, minutes = (
+                [float(row[column]) for row in rows]
+                for column in ("accuracy", "balanced_accuracy", "loss", "minutes"))
+            lines.append(f"| {change} | {mean_and_spread(accuracy, '.1%')} | "
+                         f"{mean_and_spread(balanced_accuracy, '.1%')} | "
+                         f"{mean_and_spread(loss, '.3f')} | {len(rows)} | {min(minutes):.1f} |")
+    return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", required=True, type=os.path.abspath,
-                        help="folder that contains train/ and test/")
-    parser.add_argument("--epochs", type=int, default=8,
+    parser.add_argument("--data-dir", type=os.path.abspath,
+                        help="folder that contains train/ and test/ (default: train nothing)")
+    parser.add_argument("--epochs", type=int, default=44,
                         help="epochs per run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0],
-                        help="random seeds, one run each (default: 0)")
-    parser.add_argument("--only", nargs="+", choices=INGREDIENTS, default=list(INGREDIENTS),
-                        metavar="INGREDIENT", help="ingredients to measure (default: all)")
-    parser.add_argument("--precision", default="float32",
-                        help="Keras dtype policy (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1],
+                        help="random seeds, one run each (default: 0 1)")
+    parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES),
+                        metavar="CHANGE", help="ingredients and ideas to measure (default: all)")
+    parser.add_argument("--precision",
+                        help="Keras dtype policy (default: the fastest on this machine)")
     parser.add_argument("--backend", choices=BACKENDS, default="tensorflow",
                         help="Keras backend (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs (default: 1)")
     options = parser.parse_args()
     # By default, each JAX process allocates three quarters of the GPU memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    print("| removed | accuracy | balanced accuracy | loss | runs | minutes |")
-    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    finished = {(row["change"], int(row["seed"])) for row in read_runs(RUNS, options.epochs)}
+    missing = [run for run in itertools.product(options.only, options.seeds)
+               if options.data_dir and run not in finished]
     # Each run has its own process, so that no state of Keras is left from the previous run.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"),
                              max_tasks_per_child=1) as pool:
-        names, seeds = zip(*itertools.product(options.only, options.seeds))
-        runs = pool.map(measure, names, seeds, itertools.repeat(options))
-        for name in options.only:
-            of_name = list(itertools.islice(runs, len(options.seeds)))
-            accuracy, balanced_accuracy, loss, seconds = zip(*of_name)
-            print(f"| {name} | {mean_and_spread(accuracy, '.1%')} | "
-                  f"{mean_and_spread(balanced_accuracy, '.1%')} | {mean_and_spread(loss, '.3f')} | "
-                  f"{len(of_name)} | {statistics.mean(seconds) / 60:.1f} |", flush=True)
+        for run in as_completed([pool.submit(measure, *run, options) for run in missing]):
+            is_new = not RUNS.exists()
+            with open(RUNS, "a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                if is_new:
+                    writer.writeheader()
+                writer.writerow(run.result())
+    runs = read_runs(RUNS, options.epochs)
+    print(table(runs, INGREDIENTS, "removed"))
+    print()
+    print(table(runs, IDEAS, "idea"))
 
 
 if __name__ == "__main__":
