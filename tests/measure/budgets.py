@@ -51,11 +51,12 @@ def mean_and_spread(values):
 
 def print_table(budgets):
     """Print a table with a row per budget."""
-    print("| epochs | processor | seeds | minutes | " + " | ".join(SCORES) + " | PublicTest |")
-    print("| --- " * (5 + len(SCORES)) + "|")
+    columns = "epochs", "CPU", "precision", "seeds", "minutes", *SCORES, "PublicTest"
+    print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
     for (epochs, processor), runs in sorted(budgets.items()):
         seeds = sorted(run["settings"]["seed"] for run in runs)
-        row = [str(epochs), processor, " ".join(map(str, seeds)), f"{least_minutes(runs):.1f}"]
+        row = [str(epochs), *processor.rsplit(", ", 1), " ".join(map(str, seeds)),
+               f"{least_minutes(runs):.1f}"]
         accuracies = [[run["test"][name] for run in runs] for name in SCORES.values()]
         accuracies.append([run["validation"]["accuracy"] for run in runs])
         for values in accuracies:
