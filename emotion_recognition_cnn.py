@@ -36,7 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# False if imported or started with %run.  It must come before Keras, which imports IPython.
+# False if imported or started with %run.  (Keras imports IPython, so this comes before Keras.)
 IS_PROGRAM = __name__ == "__main__" and "IPython" not in sys.modules
 if IS_PROGRAM:
     warnings.simplefilter("ignore")
@@ -89,11 +89,12 @@ AUGMENTATION = {"horizontal_flip": True, "rotation_range": 10, "width_shift_rang
                 "height_shift_range": 0.1, "zoom_range": 0.1}
 AFFINE = {"horizontal_flip", "vertical_flip", "rotation_range", "width_shift_range",
           "height_shift_range", "shear_range", "zoom_range"}
-# Of fit(): a progress bar, or one line per epoch.  In windowed programs, sys.stdout is None.
+# Argument of fit(): 1 for a progress bar, 2 for a line per epoch.  In windowed programs,
+# sys.stdout is None.
 VERBOSE = 1 if sys.stdout and sys.stdout.isatty() else 2
 
 CPU_INFO = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-# Options that describe a run.
+# Options that are saved in metrics.json and restored by --resume.
 SETTINGS = "demo", "crop_faces", "epochs", "batch_size", "learning_rate", "precision", "seed"
 NETWORK_FILE = "emotion_recognition_cnn.keras"
 CHECKPOINT_FILE = "checkpoint.npz"
@@ -107,7 +108,7 @@ UNSUPPORTED_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow cannot decode t
 IMAGE_EXTENSIONS = HEIF_EXTENSIONS | {
     extension for extension, name in Image.registered_extensions().items()
     if name in set(Image.OPEN) - UNSUPPORTED_FORMATS}
-Image.MAX_IMAGE_PIXELS = 125_000_000  # Pillow accepts twice as many; phones take 200 megapixels
+Image.MAX_IMAGE_PIXELS = 125_000_000  # Pillow accepts twice this size; phones take 200 megapixels
 
 MAX_CROP_SIZE = 64  # pixels: images of up to this size are treated as cropped faces
 DETECTION_PIXELS = 1280 * 960  # larger photos are scaled down to this area to find faces
@@ -132,16 +133,12 @@ def import_optional(package, purpose):
 
 # --- Data -----------------------------------------------------------------------------------------
 class LabelledImages(NamedTuple):
-    """Images and their labels."""
-
     images: np.ndarray  # uint8, n x 48 x 48 x 1
     labels: np.ndarray  # int, n: indices into the emotions
     clean: np.ndarray  # bool, n: False for test images that are also in train/
 
 
 class Data(NamedTuple):
-    """A dataset in memory."""
-
     emotions: list  # names, sorted
     augmentation: ImageDataGenerator  # of the training images
     training: LabelledImages
@@ -170,42 +167,24 @@ def find_dataset():
 
 
 def find_folders(data_dir):
-    """Return the folders of the training, validation and test images in `data_dir`.
+    """Return the folders of the training, validation and test images, and the emotions.
 
-    The folder of validation images, which may be called val, valid or validation, is optional.
-    Raises InputError if train/ or test/ is missing.
+    The folder of validation images, which may be called val, valid or validation, is optional.  The
+    emotions are the sorted names of all subfolders.  Raises InputError if a folder is missing.
     """
     validation = [data_dir / name for name in ("val", "valid", "validation")
                   if (data_dir / name).is_dir()]
-    if len(validation) > 1:
-        raise InputError(f"{validation[0]} and {validation[1]} both exist. Remove one of them")
-    folders = data_dir / "train", *validation, data_dir / "test"
+    folders = data_dir / "train", *validation[:1], data_dir / "test"
     for folder in folders:
         if not folder.is_dir():
             names = sorted(path.name for path in data_dir.glob("*"))[:8]
             raise InputError(f"{folder} is missing. Use --data-dir to name the unpacked folder "
                              f"that contains train/ and test/; {data_dir} contains {names}")
-    return folders
-
-
-def find_emotions(folders):
-    """Return the sorted names of the subfolders, one per emotion.
-
-    Raises InputError if `folders` have different subfolders, or if a name cannot be printed.
-    """
-    names = [{path.name for path in folder.glob("[!.]*") if path.is_dir()} for folder in folders]
-    for folder, found in zip(folders, names):
-        missing = set.union(*names) - found
-        if missing:
-            raise InputError(f"{folder / min(missing)} is missing. "
-                             f"{', '.join(f'{folder.name}/' for folder in folders)} must all "
-                             "contain the same subfolders, one per emotion")
-    emotions = sorted(names[0])
+    emotions = sorted({path.name for folder in folders for path in folder.glob("[!.]*")
+                       if path.is_dir()})
     if len(emotions) < 2:
         raise InputError(f"{folders[0]} must contain at least two subfolders, one per emotion")
-    if not "".join(emotions).isprintable():
-        raise InputError(f"{folders[0]} contains a folder whose name cannot be printed: {emotions}")
-    return emotions
+    return folders, emotions
 
 
 def find_images(folder):
@@ -284,7 +263,7 @@ def read_faces(paths, crop_faces):
         if not crop_faces:
             return face_pixels(photo), max(photo.size) > MAX_CROP_SIZE
         box = max(find_faces(photo), key=lambda box: box[2] - box[0], default=None)
-        return box and cut_out(np.asarray(photo), box), False
+        return cut_out(np.asarray(photo), box) if box else None, False
 
     progress = keras.utils.Progbar(len(paths), verbose=1 if VERBOSE == 1 else 0)
     faces, large = [], 0
@@ -308,7 +287,9 @@ def read_images(folder, emotions, crop_faces):
     for label, emotion in enumerate(emotions):
         found, skipped = find_images(folder / emotion)
         if not found:
-            raise InputError(f"{folder / emotion} contains no images, such as .jpg or .png")
+            raise InputError(f"{folder / emotion} is missing or contains no images, such as .jpg "
+                             "or .png. All folders of the dataset must contain the same "
+                             "subfolders, one per emotion")
         paths += found
         labels += [label] * len(found)
         others += skipped
@@ -351,9 +332,9 @@ def hold_out_validation(training, test, test_paths):
         return training, *split(test, prefixes == "PublicTest")
     print("The file names in test/ do not distinguish PublicTest from PrivateTest images: a tenth "
           "of train/ is held out for validation, and all of test/ is the test set")
-    # Index within each emotion.  Index 0 stays in train/, as it may be the only image.
-    number = np.concatenate([np.arange(count) for count in np.bincount(training.labels)])
-    validation, training = split(training, number % 10 == 1)
+    # Index within each emotion (labels are sorted).  Index 0 stays: it may be the only image.
+    index = np.concatenate([np.arange(count) for count in np.bincount(training.labels)])
+    validation, training = split(training, index % 10 == 1)
     if not len(validation.images):
         raise InputError("train/ contains too few images to hold some out for validation")
     return training, validation, test
@@ -362,7 +343,7 @@ def hold_out_validation(training, test, test_paths):
 def load_data(data_dir, crop_faces=False):
     """Load FER-2013, or a dataset with the same layout, into memory; return Data.
 
-    The emotions are the subfolders of train/, as in Keras's flow_from_directory.  The validation
+    The emotions are the subfolders, as in Keras's flow_from_directory.  The validation
     images are those in val/, valid/ or validation/; if there is no such folder, see
     `hold_out_validation`.  With `crop_faces`, the largest face of each image is cut out, framed as
     in `find_faces`.  Raises InputError if the dataset cannot be used.
@@ -370,10 +351,12 @@ def load_data(data_dir, crop_faces=False):
     unsupported = set(AUGMENTATION) - AFFINE
     if unsupported:
         raise InputError(f"AUGMENTATION: {min(unsupported)} is not affine. Use a layer instead")
-    folders = find_folders(Path(data_dir))
+    folders, emotions = find_folders(Path(data_dir))
+    if not "".join(emotions).isprintable():
+        raise InputError(f"{data_dir} contains a folder whose name cannot be printed: {emotions}")
     print(f"Reading {data_dir}: {', '.join(folder.name for folder in folders)}")
-    emotions = find_emotions(folders)
     print(f"{len(emotions)} emotions: {', '.join(emotions)}")
+    # Paths, images and labels of each folder.
     contents = [read_images(folder, emotions, crop_faces) for folder in folders]
     in_train = {image.tobytes() for image in contents[0][1]}
     parts = [LabelledImages(images, labels, np.array([image.tobytes() not in in_train
@@ -395,7 +378,8 @@ def create_CNN(classes, epochs=EPOCHS):
     Its input is a batch of images (n x 48 x 48 x 1, pixels from 0 to 255), its output is their
     probabilities (n x classes).  Pass the same `epochs` to `train_model`.
     """
-    dropout = min(epochs / 88, 1)  # longer training overfits more; 88 was chosen on PublicTest
+    # Factor of the dropout rates: longer training overfits more.  88 was chosen on PublicTest.
+    dropout = min(epochs / 88, 1)
     return keras.Sequential([
         keras.Input((SIZE, SIZE, 1)),
         # Standardises each image, so that its lighting and contrast do not matter.
@@ -428,7 +412,7 @@ def random_transforms(generator, count, random):
     global state, and for FER-2013 in milliseconds instead of half a second.  (Keras draws shifts
     of 1 or more as whole pixels; here, they are any numbers of pixels in the range.)
     """
-    # In Keras, x is the vertical axis.
+    # Keras draws the horizontal shift, tx, from height_shift_range, and ty from width_shift_range.
     ranges = {"theta": generator.rotation_range, "tx": generator.height_shift_range,
               "ty": generator.width_shift_range, "shear": generator.shear_range}
     limits = {name: (-limit, limit) for name, limit in ranges.items() if limit}
@@ -572,7 +556,7 @@ def load_checkpoint(path, with_arrays=True):
             state = json.loads(str(file["state"]))
             if not {"source", "run", "history"} <= set(state):
                 raise ValueError("saved by another version of the script")
-            count = len(file) - 1 if with_arrays else 0
+            count = len(file) - 1 if with_arrays else 0  # without the state
             return state, [file[f"arr_{i}"] for i in range(count)]  # NumPy's names
     except Exception as error:  # from zipfile, NumPy or JSON
         raise InputError(f"{path} is not a usable checkpoint ({type(error).__name__}: {error}). "
@@ -606,9 +590,9 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
     """Train `model` on Data with AdamW; the learning rate decays to 0 along a cosine.
 
     `checkpoint` is the path of a file that is saved after each epoch, together with plots of the
-    history.  `source`, a JSON-compatible dict, is saved in it for the caller.  With `resume`,
-    training continues from the checkpoint and ends as if it had never been interrupted; without
-    `resume`, the file must not exist.
+    history.  `source`, a JSON-compatible dict that says where the data came from, is saved in it.
+    With `resume`, training continues from the checkpoint and ends as if it had never been
+    interrupted; without `resume`, the file must not exist.
 
     Afterwards, `model` has the weights of the epoch with the highest validation accuracy, computes
     in float32, and is compiled for evaluation.  Returns the history, a dict of lists with one value
@@ -660,10 +644,11 @@ def train_model(model, data, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate
         if minutes:
             print(f"about {minutes} min of training left")
     model.set_weights(best_weights)
-    # With any policy, variables are float32, so that built layers can change to float32 in place.
+    # Variables are float32 with every policy, so that the policy of built layers can be changed.
     for layer in model.layers:
         layer.dtype_policy = "float32"
-    # SGD has no state; the state of AdamW would make the file of the network three times as large.
+    # For evaluate().  SGD has no state; that of AdamW would make the saved network three times as
+    # large.
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return history
 
@@ -748,7 +733,7 @@ def evaluate_model(model, data):
 # --- Plots ----------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def plot_style():
-    """Use Matplotlib's default style, with the user's fonts for characters that it lacks."""
+    """Use Matplotlib's default style, with the user's fonts for what DejaVu Sans lacks."""
     fonts = {name: matplotlib.rcParams[name] for name in ("font.sans-serif", "font.serif")}
     families = dict.fromkeys(["DejaVu Sans", *matplotlib.rcParams["font.family"]])
     with matplotlib.style.context(["default", fonts, {
@@ -934,7 +919,8 @@ def load_network(path):
 def strongest_boxes(boxes, threshold, **_):
     """Return MTCNN's boxes (n x 6: image, left, top, right, bottom, score), highest score first.
 
-    Of boxes that overlap by more than `threshold` of their union, only the strongest is kept.
+    Of boxes that overlap by more than `threshold` of their union, only the strongest is kept.  This
+    replaces MTCNN's own function, which needs 15 GB for a crowd of 945 faces.
     """
     return boxes[tf.image.non_max_suppression(boxes[:, 1:5], boxes[:, 5], len(boxes), threshold)]
 
@@ -952,7 +938,6 @@ def face_detector():
     finally:
         keras.config.set_dtype_policy(policy)
         sys.unraisablehook = hook
-    # MTCNN compares each box with every other one, which takes 15 GB for a crowd of 945 faces.
     for module in stages.stage_pnet, stages.stage_rnet:
         module.smart_nms_from_bboxes = strongest_boxes
     return detector
@@ -984,13 +969,12 @@ def find_faces(photo):
         left, top, width, height = (scale * float(pixels) for pixels in face["box"])
         x, y = left + width / 2, top + height / 2
         # FER-2013 shows about this square around MTCNN's box; see tests/measure/framing.py.
-        reach = 1.25 * width / 2
+        reach = 1.25 * width / 2  # half of a side
         boxes.append((round(x - reach), round(y - reach), round(x + reach), round(y + reach)))
     # A small photo that is filled by one face is a cropped face.
-    if len(boxes) == 1 and longest_side <= 400:
-        left, _, right, _ = boxes[0]
-        if right - left > longest_side * 2 / 3:
-            return [whole_photo]
+    if (len(boxes) == 1 and longest_side <= 400
+            and boxes[0][2] - boxes[0][0] > longest_side * 2 / 3):
+        return [whole_photo]
     return sorted(boxes)
 
 
@@ -1019,11 +1003,10 @@ def classify_photo(photo, model, emotions, detect=True):
         return []
     pixels = np.asarray(photo)
     crops = np.stack([cut_out(pixels, box) for box in boxes])[..., np.newaxis]
-    faces = []
-    for number, (box, row) in enumerate(zip(boxes, classify_faces(model, crops).tolist()), 1):
-        faces.append({"face": number, "box": box, "emotion": emotions[np.argmax(row)],
-                      "confidence": max(row), "probabilities": dict(zip(emotions, row))})
-    return faces
+    rows = classify_faces(model, crops).tolist()
+    return [{"face": number, "box": box, "emotion": emotions[np.argmax(row)],
+             "confidence": max(row), "probabilities": dict(zip(emotions, row))}
+            for number, (box, row) in enumerate(zip(boxes, rows), 1)]
 
 
 def occlusion_map(model, face, label):
@@ -1166,9 +1149,9 @@ def predict_emotions(paths, output_dir="output", detect=True, as_json=False):
 
 
 # --- Cartoon faces --------------------------------------------------------------------------------
-# After the action units of Ekman and Friesen's Facial Action Coding System.  Brow, eye (half its
-# height) and mouth (half its width) are fractions of half the face; smile and opening are fractions
-# of the mouth's width.
+# After the action units of Ekman and Friesen's Facial Action Coding System.  Relative to half the
+# face: how far the ends of the brows are raised, half the height of the eyes, half the width of the
+# mouth.  Relative to the width of the mouth: its curve and its opening.
 #             inner  outer
 #             brow   brow   eye   smile opening mouth
 EXPRESSIONS = {
@@ -1344,7 +1327,7 @@ def program_errors(options, checkpoint):
     try:
         yield
     except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
-        os._exit(141)  # 141 and 130 are the statuses that a shell reports
+        os._exit(141)  # the status that a shell reports for SIGPIPE; below, 130 for SIGINT
     except BaseException as error:
         if interrupted:
             end_program("interrupted", 130, resumable)
@@ -1420,7 +1403,7 @@ if __name__ == "__main__":
                                         as_json=options.json)
             sys.exit(0 if succeeded else 2)
         if options.resume:
-            started -= restore_options(options, checkpoint)
+            started -= restore_options(options, checkpoint)  # earlier training counts, too
         else:
             check_no_checkpoint(checkpoint)
         if not (options.demo or options.data_dir):
