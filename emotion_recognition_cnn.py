@@ -539,7 +539,10 @@ def create_checkpoint(path, state, arrays):
     try:
         save_checkpoint(path, state, arrays)
     except BaseException:  # such as a full disk or Ctrl-C
-        path.unlink()
+        if not path.stat().st_size:
+            path.unlink()
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
         raise
 
 

@@ -83,7 +83,7 @@ def test_ctrl_c_before_training_leaves_nothing(small_dataset, tmp_path, run_here
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_while_the_first_checkpoint_is_written_leaves_no_file(
+def test_ctrl_c_while_the_first_checkpoint_is_written_leaves_nothing(
         small_dataset, tmp_path, run_here, monkeypatch):
     def stop_halfway(file, *_, **__):
         file.write(b"half of it")
@@ -92,7 +92,7 @@ def test_ctrl_c_while_the_first_checkpoint_is_written_leaves_no_file(
     monkeypatch.setattr(np, "savez", stop_halfway)
     process = run_here("--data-dir", small_dataset, cwd=tmp_path)
     assert (process.returncode, process.stderr) == (130, "interrupted\n")
-    assert not list((tmp_path / "output/unfinished").iterdir())  # the next run is not refused
+    assert not list((tmp_path / "output").iterdir())  # the next run is not refused
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_blocks_no_other(

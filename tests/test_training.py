@@ -440,4 +440,4 @@ def test_a_failed_first_checkpoint_leaves_no_files(
         with monkeypatch.context() as patch, pytest.raises((OSError, KeyboardInterrupt)):
             patch.setattr(np, "savez", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
             train(small_network(), data, checkpoint=checkpoint)
-        assert not list(checkpoint.parent.iterdir())
+        assert not list(tmp_path.iterdir())
