@@ -371,8 +371,8 @@ def test_second_filters_are_shown_with_the_images_that_activate_them_most(tmp_pa
 def test_the_choice_of_filters_does_not_depend_on_the_precision(tmp_path, figures):
     """The trained network computes in float32, but Keras's dtype policy may be another one."""
     model = script.create_CNN(7)
-    images = np.random.default_rng(0).integers(0, 256, (300, 48, 48, 1), "uint8")
-    data = data_with(images, np.arange(300) % 7)
+    images = np.random.default_rng(0).integers(0, 256, (140, 48, 48, 1), "uint8")
+    data = data_with(images, np.arange(140) % 7)
     try:
         for policy in "float32", "mixed_bfloat16":
             keras.config.set_dtype_policy(policy)
