@@ -167,24 +167,42 @@ def find_dataset():
 
 
 def find_folders(data_dir):
-    """Return the folders of the training, validation and test images, and the emotions.
+    """Return the folders of the training, validation and test images in `data_dir`.
 
-    The folder of validation images, which may be called val, valid or validation, is optional.  The
-    emotions are the sorted names of all subfolders.  Raises InputError if a folder is missing.
+    The folder of validation images, which may be called val, valid or validation, is optional.
+    Raises InputError if train/ or test/ is missing.
     """
     validation = [data_dir / name for name in ("val", "valid", "validation")
                   if (data_dir / name).is_dir()]
-    folders = data_dir / "train", *validation[:1], data_dir / "test"
+    if len(validation) > 1:
+        raise InputError(f"{validation[0]} and {validation[1]} both exist. Remove one of them")
+    folders = data_dir / "train", *validation, data_dir / "test"
     for folder in folders:
         if not folder.is_dir():
             names = sorted(path.name for path in data_dir.glob("*"))[:8]
             raise InputError(f"{folder} is missing. Use --data-dir to name the unpacked folder "
                              f"that contains train/ and test/; {data_dir} contains {names}")
-    emotions = sorted({path.name for folder in folders for path in folder.glob("[!.]*")
-                       if path.is_dir()})
+    return folders
+
+
+def find_emotions(folders):
+    """Return the sorted names of the subfolders, one per emotion.
+
+    Raises InputError if `folders` have different subfolders, or if a name cannot be printed.
+    """
+    names = [{path.name for path in folder.glob("[!.]*") if path.is_dir()} for folder in folders]
+    for folder, found in zip(folders, names):
+        missing = set.union(*names) - found
+        if missing:
+            raise InputError(f"{folder / min(missing)} is missing. "
+                             f"{', '.join(f'{folder.name}/' for folder in folders)} must all "
+                             "contain the same subfolders, one per emotion")
+    emotions = sorted(names[0])
     if len(emotions) < 2:
         raise InputError(f"{folders[0]} must contain at least two subfolders, one per emotion")
-    return folders, emotions
+    if not "".join(emotions).isprintable():
+        raise InputError(f"{folders[0]} contains a folder whose name cannot be printed: {emotions}")
+    return emotions
 
 
 def find_images(folder):
@@ -287,9 +305,7 @@ def read_images(folder, emotions, crop_faces):
     for label, emotion in enumerate(emotions):
         found, skipped = find_images(folder / emotion)
         if not found:
-            raise InputError(f"{folder / emotion} is missing or contains no images, such as .jpg "
-                             "or .png. All folders of the dataset must contain the same "
-                             "subfolders, one per emotion")
+            raise InputError(f"{folder / emotion} contains no images, such as .jpg or .png")
         paths += found
         labels += [label] * len(found)
         others += skipped
@@ -351,10 +367,9 @@ def load_data(data_dir, crop_faces=False):
     unsupported = set(AUGMENTATION) - AFFINE
     if unsupported:
         raise InputError(f"AUGMENTATION: {min(unsupported)} is not affine. Use a layer instead")
-    folders, emotions = find_folders(Path(data_dir))
-    if not "".join(emotions).isprintable():
-        raise InputError(f"{data_dir} contains a folder whose name cannot be printed: {emotions}")
+    folders = find_folders(Path(data_dir))
     print(f"Reading {data_dir}: {', '.join(folder.name for folder in folders)}")
+    emotions = find_emotions(folders)
     print(f"{len(emotions)} emotions: {', '.join(emotions)}")
     # Paths, images and labels of each folder.
     contents = [read_images(folder, emotions, crop_faces) for folder in folders]

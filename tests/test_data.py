@@ -81,12 +81,15 @@ def test_a_folder_for_validation_is_the_validation_set(tmp_path, capsys, name):
     assert f"train, {name}, test" in output and "held out" not in output
 
 
-def test_a_validation_folder_without_an_emotion_is_an_error(tmp_path):
+def test_two_folders_for_validation_or_one_without_an_emotion_are_errors(tmp_path):
     make_dataset(tmp_path)
     shutil.copytree(tmp_path / "train", tmp_path / "val")
     shutil.rmtree(tmp_path / "val/sad")
-    with pytest.raises(script.InputError, match="val/sad is missing or contains no images.*"
-                       "All folders of the dataset must contain the same subfolders"):
+    with pytest.raises(script.InputError, match="val/sad is missing. train/, val/, "
+                       "test/ must all contain"):
+        script.load_data(tmp_path)
+    (tmp_path / "valid").mkdir()
+    with pytest.raises(script.InputError, match="/val and .*/valid both exist"):
         script.load_data(tmp_path)
 
 
@@ -173,7 +176,7 @@ def test_other_sizes_and_colours_become_48x48_grey_and_other_files_are_counted(t
     for hidden in ".ipynb_checkpoints", "sad/.thumbnails":
         (tmp_path / "train" / hidden).mkdir()
         (tmp_path / "train" / hidden / "hidden.png").write_text("no image")
-    assert script.find_folders(tmp_path) == ((tmp_path / "train", tmp_path / "test"), EMOTIONS)
+    assert script.find_emotions([tmp_path / "train", tmp_path / "test"]) == EMOTIONS
     paths, images, labels = script.read_images(tmp_path / "train", EMOTIONS, crop_faces=False)
     assert images.shape == (8, 48, 48, 1) and images.dtype == "uint8"
     assert [path.name for path in paths] == ["Training_0.png", "photo.GIF"] + ["Training_0.png"] * 6
