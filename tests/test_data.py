@@ -441,6 +441,8 @@ def kagglehub(tmp_path, monkeypatch):
         f"    return {str(tmp_path / 'cache')!r}\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.delitem(sys.modules, "kagglehub", raising=False)
+    yield
+    sys.modules.pop("kagglehub", None)  # other tests import the real one
 
 
 def test_the_dataset_is_downloaded_if_there_is_none(kagglehub, tmp_path, run_here):
