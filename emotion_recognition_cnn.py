@@ -359,10 +359,10 @@ def hold_out_validation(training, test, test_paths):
 def load_data(data_dir, crop_faces=False):
     """Load FER-2013, or a dataset with the same layout, into memory; return Data.
 
-    The emotions are the subfolders, as in Keras's flow_from_directory.  The validation
-    images are those in val/, valid/ or validation/; if there is no such folder, see
-    `hold_out_validation`.  With `crop_faces`, the largest face of each image is cut out, framed as
-    in `find_faces`.  Raises InputError if the dataset cannot be used.
+    The emotions are the subfolders, as in Keras's flow_from_directory.  The validation images are
+    those in val/, valid/ or validation/; if there is no such folder, see `hold_out_validation`.
+    With `crop_faces`, the largest face of each image is cut out, framed as in `find_faces`.  Raises
+    InputError if the dataset cannot be used.
     """
     unsupported = set(AUGMENTATION) - AFFINE
     if unsupported:
@@ -1358,16 +1358,12 @@ def program_errors(options, checkpoint):
 
 
 def restore_options(options, checkpoint):
-    """Set the options to those of an interrupted run; return its training time, in seconds.
-
-    If --data-dir is given, it replaces that of the interrupted run.
-    """
+    """Set the options to those of an interrupted run; return its training time, in seconds."""
     state, _ = load_checkpoint(checkpoint, with_arrays=False)
-    data_dir = options.data_dir
     saved = state["run"] | (state["source"] or {})
-    for name in set(saved) & {"data_dir", *SETTINGS}:
+    for name in set(saved) & set(SETTINGS):
         setattr(options, name, saved[name])
-    options.data_dir = data_dir or options.data_dir
+    options.data_dir = options.data_dir or saved.get("data_dir")  # the dataset may have been moved
     return sum(state["history"].get("seconds", []))
 
 

@@ -274,6 +274,16 @@ def test_every_change_of_the_ablation_fits_the_script(change):
 
 
 @pytest.mark.documents
+def test_documented_ablation_matches_its_runs():
+    results = (ROOT / "docs/RESULTS.md").read_text()
+    runs = ablation.read_runs(ablation.RUNS, epochs=44)
+    assert runs and {run["change"] for run in runs} <= set(ablation.CHANGES)
+    assert ablation.table(runs, ablation.INGREDIENTS, "removed") in results
+    ideas = ablation.table(runs, ablation.IDEAS, "idea")
+    assert ideas in results or ideas.count("\n") == 1  # no row yet
+
+
+@pytest.mark.documents
 def test_readme_names_every_option(run_here):
     readme = (ROOT / "README.md").read_text()
     help_text = run_here("--help", cwd=ROOT).stdout
