@@ -943,6 +943,13 @@ def strongest_boxes(boxes, threshold, **_):
     return boxes[tf.image.non_max_suppression(boxes[:, 1:5], boxes[:, 5], len(boxes), threshold)]
 
 
+def in_chunks(network, images):
+    """Return the outputs of a network, computed for 64 images at a time."""
+    starts = range(0, max(len(images), 1), 64)  # at least one chunk, even if it is empty
+    chunks = [network(images[i:i + 64]) for i in starts]
+    return [tf.concat(output, axis=0) for output in zip(*chunks)]
+
+
 @functools.cache
 def face_detector():
     """Return the face detector MTCNN: Zhang et al. (2016), arXiv:1604.02878."""
@@ -958,6 +965,8 @@ def face_detector():
         sys.unraisablehook = hook
     for module in stages.stage_pnet, stages.stage_rnet:
         module.smart_nms_from_bboxes = strongest_boxes
+    for stage in detector.stages[1:]:  # a crowd's crops at once would take gigabytes
+        stage.model.call = functools.partial(in_chunks, stage.model.call)
     return detector
 
 
