@@ -107,6 +107,14 @@ IDEAS = {
                              "LEARNING_RATE = 0.006": "LEARNING_RATE = 0.006 / 2**0.5"},
     "batches of 256 images": {"BATCH_SIZE = 128": "BATCH_SIZE = 256",
                               "LEARNING_RATE = 0.006": "LEARNING_RATE = 0.006 * 2**0.5"},
+    "normalisation at each position": {
+        "  # 14 x 14 to 5 x 5\n": "\n        layers.Flatten(),\n",
+        "        layers.SpatialDropout2D(0.18 * dropout),  # drops whole maps: neighbours are similar"
+        "\n        layers.Flatten(),\n": "        layers.Dropout(0.25 * dropout),\n"},
+    "1024 units in the first dense layer": {"Dense(512,": "Dense(1024,"},
+    "random erasing in half of the images": {
+        STANDARDISATION: STANDARDISATION + "        layers.RandomErasing((0.5, 0.5), fill_value=0, "
+                                           "value_range=(-100, 100), dtype='float32'),\n"},
 }
 CHANGES = INGREDIENTS | IDEAS
 
