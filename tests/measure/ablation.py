@@ -109,8 +109,8 @@ IDEAS = {
                               "LEARNING_RATE = 0.006": "LEARNING_RATE = 0.006 * 2**0.5"},
     "normalisation at each position": {
         "  # 14 x 14 to 5 x 5\n": "\n        layers.Flatten(),\n",
-        "        layers.SpatialDropout2D(0.18 * dropout),  # drops whole maps: neighbours are similar"
-        "\n        layers.Flatten(),\n": "        layers.Dropout(0.25 * dropout),\n"},
+        "layers.SpatialDropout2D(0.18 * dropout),  # drops whole maps: neighbours are similar\n"
+        "        layers.Flatten(),": "layers.Dropout(0.25 * dropout),"},
     "1024 units in the first dense layer": {"Dense(512,": "Dense(1024,"},
     "random erasing in half of the images": {
         STANDARDISATION: STANDARDISATION + "        layers.RandomErasing((0.5, 0.5), fill_value=0, "
