@@ -44,8 +44,9 @@ BACKENDS = {
 }
 
 # Changes to the code of the script that remove an ingredient: old text, new text.
+RECIPE = "nothing (the whole recipe)"
 INGREDIENTS = {
-    "nothing (the whole recipe)": {},
+    RECIPE: {},
     "dropout": {"layers.SpatialDropout2D(0.18 * dropout),": "",
                 "layers.Dropout(0.4 * dropout),": ""},
     "weaker dropout in shorter runs": {"0.18 * dropout": "0.18", "0.4 * dropout": "0.4"},
@@ -203,16 +204,23 @@ def mean_and_spread(values, style):
 
 
 def table(runs, changes, title):
-    """Return a Markdown table of the means over the seeds of each change."""
-    lines = [f"| {title} | accuracy | balanced accuracy | loss | runs | minutes |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    """Return a Markdown table of the means over the seeds of each change.
+
+    "Difference" compares accuracy with the whole recipe's for the same seeds, in points.
+    """
+    recipe = {row["seed"]: float(row["accuracy"]) for row in runs if row["change"] == RECIPE}
+    lines = [f"| {title} | accuracy | difference | balanced accuracy | loss | runs | minutes |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     for change in changes:
         rows = [row for row in runs if row["change"] == change]
         if rows:
             accuracy, balanced_accuracy, loss, minutes = (
                 [float(row[column]) for row in rows]
                 for column in ("accuracy", "balanced_accuracy", "loss", "minutes"))
-            lines.append(f"| {change} | {mean_and_spread(accuracy, '.1%')} | "
+            differences = [100 * (float(row["accuracy"]) - recipe[row["seed"]])
+                           for row in rows if row["seed"] in recipe and change != RECIPE]
+            difference = f"{statistics.mean(differences):+.1f}" if differences else ""
+            lines.append(f"| {change} | {mean_and_spread(accuracy, '.1%')} | {difference} | "
                          f"{mean_and_spread(balanced_accuracy, '.1%')} | "
                          f"{mean_and_spread(loss, '.3f')} | {len(rows)} | {min(minutes):.1f} |")
     return "\n".join(lines)
