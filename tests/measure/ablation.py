@@ -104,6 +104,10 @@ IDEAS = {
             '"height_shift_range": 0.13, "zoom_range": 0.15}'},
     "weight decay of 0.02": {"WEIGHT_DECAY = 0.004": "WEIGHT_DECAY = 0.02"},
     "weight decay of 0.05": {"WEIGHT_DECAY = 0.004": "WEIGHT_DECAY = 0.05"},
+    "weight decay of 0.1": {"WEIGHT_DECAY = 0.004": "WEIGHT_DECAY = 0.1"},
+    "weight decay of 0.05, shear of up to 10 degrees": {
+        "WEIGHT_DECAY = 0.004": "WEIGHT_DECAY = 0.05",
+        '"zoom_range": 0.1}': '"zoom_range": 0.1, "shear_range": 10}'},
     "batches of 64 images": {"BATCH_SIZE = 128": "BATCH_SIZE = 64",
                              "LEARNING_RATE = 0.006": "LEARNING_RATE = 0.006 / 2**0.5"},
     "batches of 256 images": {"BATCH_SIZE = 128": "BATCH_SIZE = 256",
