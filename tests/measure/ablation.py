@@ -105,9 +105,6 @@ IDEAS = {
     "weight decay of 0.02": {"WEIGHT_DECAY = 0.004": "WEIGHT_DECAY = 0.02"},
     "weight decay of 0.05": {"WEIGHT_DECAY = 0.004": "WEIGHT_DECAY = 0.05"},
     "weight decay of 0.1": {"WEIGHT_DECAY = 0.004": "WEIGHT_DECAY = 0.1"},
-    "weight decay of 0.05, shear of up to 10 degrees": {
-        "WEIGHT_DECAY = 0.004": "WEIGHT_DECAY = 0.05",
-        '"zoom_range": 0.1}': '"zoom_range": 0.1, "shear_range": 10}'},
     "batches of 64 images": {"BATCH_SIZE = 128": "BATCH_SIZE = 64",
                              "LEARNING_RATE = 0.006": "LEARNING_RATE = 0.006 / 2**0.5"},
     "batches of 256 images": {"BATCH_SIZE = 128": "BATCH_SIZE = 256",
@@ -121,6 +118,12 @@ IDEAS = {
         STANDARDISATION: STANDARDISATION + "        layers.RandomErasing((0.5, 0.5), fill_value=0, "
                                            "value_range=(-100, 100), dtype='float32'),\n"},
 }
+# Ideas that are tried together.
+COMBINATIONS = (("weight decay of 0.05", "shear of up to 10 degrees"),
+                ("weight decay of 0.05", "shear of up to 10 degrees",
+                 "normalisation at each position"))
+IDEAS |= {", ".join(names): {old: new for name in names for old, new in IDEAS[name].items()}
+          for names in COMBINATIONS}
 CHANGES = INGREDIENTS | IDEAS
 
 
