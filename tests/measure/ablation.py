@@ -43,8 +43,8 @@ BACKENDS = {
         "from tensorflow.keras.preprocessing": "from keras.src.legacy.preprocessing"},
 }
 
-# Changes to the code of the script that remove an ingredient: old text, new text.
 RECIPE = "nothing (the whole recipe)"
+# Changes to the code of the script that remove an ingredient: old text, new text.
 INGREDIENTS = {
     RECIPE: {},
     "dropout": {"layers.SpatialDropout2D(0.18 * dropout),": "",
@@ -224,8 +224,8 @@ def table(runs, changes, title):
             accuracy, balanced_accuracy, loss, minutes = (
                 [float(row[column]) for row in rows]
                 for column in ("accuracy", "balanced_accuracy", "loss", "minutes"))
-            differences = [100 * (float(row["accuracy"]) - recipe[row["seed"]])
-                           for row in rows if row["seed"] in recipe and change != RECIPE]
+            differences = [100 * (value - recipe[row["seed"]]) for row, value in zip(rows, accuracy)
+                           if row["seed"] in recipe and change != RECIPE]
             difference = f"{statistics.mean(differences):+.1f}" if differences else ""
             lines.append(f"| {change} | {mean_and_spread(accuracy, '.1%')} | {difference} | "
                          f"{mean_and_spread(balanced_accuracy, '.1%')} | "
