@@ -210,6 +210,22 @@ def mean_and_spread(values, style):
     return f"{mean}{spread}".replace("% ±", " ±").replace("%", " %")
 
 
+def table_row(change, rows, recipe):
+    """Return a line of the table: the means over the runs of a change.
+
+    `recipe` contains the accuracy of the whole recipe for each seed.
+    """
+    accuracy, balanced_accuracy, loss, minutes = (
+        [float(row[column]) for row in rows]
+        for column in ("accuracy", "balanced_accuracy", "loss", "minutes"))
+    differences = [100 * (value - recipe[row["seed"]]) for row, value in zip(rows, accuracy)
+                   if row["seed"] in recipe and change != RECIPE]
+    difference = f"{statistics.mean(differences):+.1f}" if differences else ""
+    return (f"| {change} | {mean_and_spread(accuracy, '.1%')} | {difference} | "
+            f"{mean_and_spread(balanced_accuracy, '.1%')} | {mean_and_spread(loss, '.3f')} | "
+            f"{len(rows)} | {min(minutes):.1f} |")
+
+
 def table(runs, changes, title):
     """Return a Markdown table of the means over the seeds of each change.
 
@@ -221,15 +237,7 @@ def table(runs, changes, title):
     for change in changes:
         rows = [row for row in runs if row["change"] == change]
         if rows:
-            accuracy, balanced_accuracy, loss, minutes = (
-                [float(row[column]) for row in rows]
-                for column in ("accuracy", "balanced_accuracy", "loss", "minutes"))
-            differences = [100 * (value - recipe[row["seed"]]) for row, value in zip(rows, accuracy)
-                           if row["seed"] in recipe and change != RECIPE]
-            difference = f"{statistics.mean(differences):+.1f}" if differences else ""
-            lines.append(f"| {change} | {mean_and_spread(accuracy, '.1%')} | {difference} | "
-                         f"{mean_and_spread(balanced_accuracy, '.1%')} | "
-                         f"{mean_and_spread(loss, '.3f')} | {len(rows)} | {min(minutes):.1f} |")
+            lines.append(table_row(change, rows, recipe))
     return "\n".join(lines)
 
 
