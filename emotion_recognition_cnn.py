@@ -512,24 +512,27 @@ def class_weights(labels):
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path, overwrite=True):
     """Yield a temporary path; after the block, the file there replaces the one at `path`.
 
-    If the block fails, or if the process is killed, the earlier file at `path` remains.
+    If the block fails, or if the process is killed, the earlier file at `path` remains.  Without
+    `overwrite`, raises FileExistsError after the block if there is one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}" if overwrite else f".{os.getpid()}.{path.name}")
     try:
         yield temporary
+        if not overwrite:
+            path.touch(exist_ok=False)  # of two processes that write the file, one succeeds
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, state, arrays):
+def save_checkpoint(path, state, arrays, overwrite=True):
     """Save a JSON-compatible dict and a list of arrays."""
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path, overwrite) as temporary, open(temporary, "wb") as file:
         np.savez(file, *map(np.asarray, arrays), state=json.dumps(state))
         file.flush()
         os.fsync(file.fileno())  # written to disk before the rename, in case of a power failure
@@ -538,27 +541,20 @@ def save_checkpoint(path, state, arrays):
 def check_no_checkpoint(path):
     """Raise InputError if there is a checkpoint; delete an empty one, which a killed run left."""
     if path.exists() and not path.stat().st_size:
-        path.unlink()
+        path.unlink(missing_ok=True)
     if path.exists():
         raise InputError(UNFINISHED_RUN.format(path.parent))
 
 
 def create_checkpoint(path, state, arrays):
     """Save the first checkpoint of a run; raise InputError if another run has saved one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.touch(exist_ok=False)  # only one of two runs that start together succeeds
+        save_checkpoint(path, state, arrays, overwrite=False)
     except FileExistsError:
-        raise InputError(UNFINISHED_RUN.format(path.parent)) from None
-    try:
-        save_checkpoint(path, state, arrays)
-    except BaseException:  # such as a full disk or Ctrl-C
-        if not path.stat().st_size:
-            path.unlink()
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
-        raise
+        raise InputError(UNFINISHED_RUN.format(Path(path).parent)) from None
+    finally:
+        with contextlib.suppress(OSError):  # it contains the checkpoint, unless saving failed
+            Path(path).parent.rmdir()
 
 
 def load_checkpoint(path, with_arrays=True):
@@ -1408,7 +1404,8 @@ def remove_checkpoint(checkpoint, history):
     try:
         for name in CHECKPOINT_FILE, *(f"{metric}.png" for metric in plotted_metrics(history)):
             checkpoint.with_name(name).unlink(missing_ok=True)
-            checkpoint.with_name(f".{name}").unlink(missing_ok=True)  # from a run that was killed
+            for temporary in checkpoint.parent.glob(f".*{name}"):  # from runs that were killed
+                temporary.unlink()
         checkpoint.parent.rmdir()
     except OSError as error:  # it contains another file, or another program has it open
         print(f"{checkpoint.parent} could not be removed ({error.strerror}). You can delete it",

@@ -286,8 +286,8 @@ def interrupt(monkeypatch, checkpoints):
     """Interrupt the training after a given number of checkpoints."""
     save, written = script.save_checkpoint, []
 
-    def save_and_interrupt(*arguments):
-        save(*arguments)
+    def save_and_interrupt(*arguments, **settings):
+        save(*arguments, **settings)
         written.append(arguments)
         if len(written) == checkpoints:
             raise Interruption
@@ -431,6 +431,25 @@ def test_a_checkpoint_is_not_overwritten_by_a_new_run(data, tmp_path, no_plots):
     with pytest.raises(script.InputError, match="contains an unfinished run.* --resume or delete"):
         train(small_network(), data, checkpoint=tmp_path / "run.npz")
     assert (tmp_path / "run.npz").read_bytes() == before
+
+
+def test_a_run_does_not_replace_the_first_checkpoint_that_another_one_saves_meanwhile(
+        tmp_path, monkeypatch):
+    path, savez = tmp_path / "run.npz", np.savez
+    first, second = ({"source": seed, "run": {}, "history": {}} for seed in (1, 2))
+
+    def save_first(*arguments, **settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "savez", savez)
+            patch.setattr(os, "getpid", lambda: 1)
+            script.check_no_checkpoint(path)
+            script.create_checkpoint(path, first, [])
+        savez(*arguments, **settings)
+
+    monkeypatch.setattr(np, "savez", save_first)
+    with pytest.raises(script.InputError, match="contains an unfinished run"):
+        script.create_checkpoint(path, second, [])
+    assert script.load_checkpoint(path) == (first, []) and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failed_first_checkpoint_leaves_no_files(
