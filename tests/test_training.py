@@ -442,7 +442,6 @@ def test_a_run_does_not_replace_the_first_checkpoint_that_another_one_saves_mean
         with monkeypatch.context() as patch:
             patch.setattr(np, "savez", savez)
             patch.setattr(os, "getpid", lambda: 1)
-            script.check_no_checkpoint(path)
             script.create_checkpoint(path, first, [])
         savez(*arguments, **settings)
 
