@@ -538,6 +538,14 @@ def save_checkpoint(path, state, arrays, overwrite=True):
         os.fsync(file.fileno())  # written to disk before the rename, in case of a power failure
 
 
+def check_no_checkpoint(path):
+    """Raise InputError if there is a checkpoint; delete an empty one, which a killed run left."""
+    if path.exists() and not path.stat().st_size:
+        path.unlink(missing_ok=True)
+    if path.exists():
+        raise InputError(UNFINISHED_RUN.format(path.parent))
+
+
 def create_checkpoint(path, state, arrays):
     """Save the first checkpoint of a run; raise InputError if another run has saved one."""
     try:
@@ -1416,8 +1424,8 @@ if __name__ == "__main__":
             sys.exit(0 if succeeded else 2)
         if options.resume:
             started -= restore_options(options, checkpoint)  # earlier training counts, too
-        elif checkpoint.exists():
-            raise InputError(UNFINISHED_RUN.format(checkpoint.parent))
+        else:
+            check_no_checkpoint(checkpoint)
         if not (options.demo or options.data_dir):
             options.data_dir = os.path.abspath(find_dataset())
         options.precision = options.precision or fastest_precision()

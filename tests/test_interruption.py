@@ -95,6 +95,17 @@ def test_ctrl_c_while_the_first_checkpoint_is_written_leaves_nothing(
     assert not list((tmp_path / "output").iterdir())  # the next run is not refused
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_blocks_no_other(
+        small_dataset, tmp_path, run_here, monkeypatch):
+    checkpoint = tmp_path / "output/unfinished/checkpoint.npz"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    monkeypatch.setattr(keras.Sequential, "fit", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_here("--data-dir", small_dataset, cwd=tmp_path)
+    assert kept_history(tmp_path / "output") == {"epoch": []}
+
+
 def test_a_run_that_was_killed_while_it_saved_its_first_checkpoint_blocks_no_other(
         small_dataset, tmp_path, run_here):
     """A run that finishes deletes what the killed one left: an incomplete temporary file."""

@@ -442,6 +442,7 @@ def test_a_run_does_not_replace_the_first_checkpoint_that_another_one_saves_mean
         with monkeypatch.context() as patch:
             patch.setattr(np, "savez", savez)
             patch.setattr(os, "getpid", lambda: 1)
+            script.check_no_checkpoint(path)  # of a run that starts while this one saves
             script.create_checkpoint(path, first, [])
         savez(*arguments, **settings)
 
