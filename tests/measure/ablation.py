@@ -3,8 +3,8 @@
     python tests/measure/ablation.py --data-dir data
 
 For each ingredient, this program removes or replaces some code of the script; for each idea, it
-adds some.  It trains a network and evaluates it on the validation images (PublicTest), with
-probabilities averaged over the script's 18 views.  It does not use the test images.
+adds or changes some.  It trains a network and evaluates it on the validation images (PublicTest),
+with probabilities averaged over the script's 18 views.  It does not use the test images.
 
 Each run is saved in docs/ablation.csv as it ends, and runs that are there are not repeated.  Then
 the program prints the means over the seeds.  Loss is the mean cross-entropy, in nats.
@@ -117,7 +117,7 @@ COMBINATIONS = (("weight decay of 0.05", "shear of up to 10 degrees"),
                  "normalisation at each position"))
 IDEAS |= {", ".join(names): {old: new for name in names for old, new in IDEAS[name].items()}
           for names in COMBINATIONS}
-# Ideas that change nothing in runs of 44 epochs.
+# Ideas that change only runs of more than 88 epochs.  By default, they are not measured.
 LONGER_RUNS = {"dropout that increases beyond 88 epochs": {"min(epochs / 88, 1)": "epochs / 88"}}
 CHANGES = INGREDIENTS | IDEAS | LONGER_RUNS
 
@@ -247,7 +247,7 @@ def main():
                         help="random seeds, one run each (default: 0 1)")
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=[*INGREDIENTS, *IDEAS],
                         metavar="CHANGE", help="ingredients and ideas to measure (default: all "
-                        "that change a run of 44 epochs)")
+                        "but those for runs of more than 88 epochs)")
     parser.add_argument("--precision",
                         help="Keras dtype policy (default: the fastest on this machine)")
     parser.add_argument("--backend", choices=BACKENDS, default="tensorflow",
