@@ -215,7 +215,7 @@ def table_row(change, rows, recipe):
         for column in ("accuracy", "balanced_accuracy", "loss", "minutes"))
     differences = [100 * (value - recipe[row["seed"]]) for row, value in zip(rows, accuracy)
                    if row["seed"] in recipe and change != RECIPE]
-    difference = f"{statistics.mean(differences):+.1f}" if differences else ""
+    difference = f"{statistics.mean(differences):+z.1f}" if differences else ""
     return (f"| {change} | {mean_and_spread(accuracy, '.1%')} | {difference} | "
             f"{mean_and_spread(balanced_accuracy, '.1%')} | {mean_and_spread(loss, '.3f')} | "
             f"{len(rows)} | {min(minutes):.1f} |")
